@@ -1,0 +1,1142 @@
+"""Text environments of the paper as gymnasium environments: plain action strings in, text observations out.
+
+`reset(seed=, options=)` returns (observation, info) and `step(action)` returns (observation, reward, terminated,
+truncated, info). A task is a pure function of (data, split, task_id). Every `info` has `task` (the instruction),
+`task_id`, `task_type`, `admissible` (actions that would do something now), `valid` (whether the last action did
+something), `won` and `score`. Nothing random is drawn outside the environment's own generators.
+"""
+import bisect
+import functools
+import itertools
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import gymnasium
+import numpy as np
+from rapidfuzz import fuzz, utils
+
+
+class AnyText(gymnasium.spaces.Text):
+    """A text space that holds every string; gymnasium's own is limited to a character set and a length."""
+
+    def contains(self, x):
+        return isinstance(x, str)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# WebShop (Yao et al. 2022, arXiv 2207.01206; rules of princeton-nlp/WebShop in its text modes)
+#
+# A shopper reads an instruction, searches a catalogue, opens items, chooses options and buys. Everything that the
+# original shows or counts is reproduced; only its search engine (Lucene) is replaced by a BM25 of the same constants.
+# ---------------------------------------------------------------------------------------------------------------------
+
+WEBSHOP_MAX_STEPS = 15
+WEBSHOP_VAL_GOALS = 500                  # the first 500 goals of the fixed order are held out, as in the original
+HITS, HITS_PER_PAGE = 50, 10
+SUB_PAGES = ("description", "features", "reviews", "attributes")
+
+# Option values are compared by colour: the first of these, in this order, that occurs inside the value stands for it.
+COLORS = """alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy
+    camel camo caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry
+    cream crystal dark denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey
+    heather indigo ivory ivy khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight mint
+    mocha multicolor mushroom mustard natural navy nude olive orange peach pewter pink plum purple rainbow red rose
+    royal rust sand sapphire seashell silver skull slate steel stone stonewash sunflower tan taupe teal tiger
+    turquoise violet walnut wheat white wine yellow""".split()
+
+# Words of a shop title that are no nouns, for the noun rule used where no tagger is installed.
+NOT_NOUNS = frozenset("""a an and are as at be but by for from in into is it its made of off on onto or our out over
+    per so than that the their this to under until up very with within without you your all any both each every
+    extra more most new no non not only other same some such adjustable authentic big black blue bright brown
+    classic clear comfortable compact cute dark deep delicious double durable easy elegant everyday fine flat free
+    fresh full gray great green grey handmade heavy high ideal large light lightweight little long low luxury mini
+    modern natural old organic perfect pink plain portable premium pure purple quick quiet red reusable rich round
+    short silent simple slim small smooth soft solid strong super sweet thick thin tiny tall ultra unique vintage
+    warm white wide yellow""".split())
+
+
+# Text rules
+
+def split_action(action):
+    """Split `name[argument]` at the last "[" and the last "]" after it; (action, None) where it has no such form."""
+    match = re.match(r"(.+)\[(.+)\]", action)
+    return match.groups() if match else (action, None)
+
+
+def normalize_color(value):
+    """The first colour word found inside `value` (a string, or a tuple that holds the word), else `value` itself."""
+    return next((color for color in COLORS if color in value), value)
+
+
+def token_set_ratio(a, b):
+    """thefuzz's token_set_ratio, 0..100: Latin-1 above ASCII is deleted, other scripts are kept; tuples by `str`."""
+    a, b = (re.sub("[\x80-\xff]", "", str(text)) for text in (a, b))
+    return round(fuzz.token_set_ratio(a, b, processor=utils.default_process))
+
+
+@functools.lru_cache(maxsize=1)
+def noun_tagger():
+    """spaCy's small English model, or None where it is not installed."""
+    try:
+        import spacy
+        return spacy.load("en_core_web_sm")
+    except (ImportError, OSError):       # OSError is what spaCy raises for a model that is not installed
+        return None
+
+
+def nouns_by_rule(title):
+    """Every purely alphabetic word of two letters or more, lower-cased, that is not in `NOT_NOUNS`.
+
+    Titles are mostly nouns, so this errs by a few adjectives, which match or miss in both titles alike.
+    """
+    words = re.findall(r"[^\W_]+", title.lower())
+    return [word for word in words if word.isalpha() and len(word) > 1 and word not in NOT_NOUNS]
+
+
+@functools.lru_cache(maxsize=65536)
+def title_nouns(title):
+    """The lower-cased nouns of a product title, in order and with repetitions.
+
+    spaCy's en_core_web_sm decides where it is installed (common and proper nouns), `nouns_by_rule` otherwise.
+    """
+    tagger = noun_tagger()
+    if tagger is None:
+        return nouns_by_rule(title)
+    return [token.text.lower() for token in tagger(title) if token.pos_ in ("NOUN", "PROPN")]
+
+
+# Search: BM25 with the constants of Anserini
+
+STOP_WORDS = frozenset("""a an and are as at be but by for if in into is it no not of on or s such t that the their
+    then there these they this to was will with""".split())
+
+
+def search_terms(text):
+    """Lower-cased alphanumeric words without stop words; a plural "s" is cut, so that "lamps" finds "lamp"."""
+    words = (word for word in re.findall(r"[^\W_]+", text.lower()) if word not in STOP_WORDS)
+    return [word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words]
+
+
+class Postings(NamedTuple):
+    """An inverted index: for each term the documents that hold it and what it adds to their scores."""
+    ids: list                            # document number -> identifier
+    terms: dict                          # term -> (document numbers [n] int32 ascending, weights [n] fp32)
+
+
+def build_postings(ids, texts, *, k1=0.9, b=0.4):
+    """Index `texts` under `ids` for BM25 with Lucene's idf, ln(1 + (N - df + 0.5) / (df + 0.5))."""
+    counts = {}
+    lengths = np.zeros(len(ids))
+    for number, text in enumerate(texts):
+        terms = search_terms(text)
+        lengths[number] = len(terms)
+        for term, count in Counter(terms).items():
+            counts.setdefault(term, []).append((number, count))
+    penalty = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))
+    postings = {}
+    for term, entries in counts.items():
+        numbers, tf = np.array(entries, dtype=np.int32).T
+        idf = np.log(1 + (len(ids) - len(entries) + 0.5) / (len(entries) + 0.5))
+        postings[term] = numbers, (idf * tf / (tf + penalty[numbers])).astype(np.float32)
+    return Postings(list(ids), postings)
+
+
+def bm25(postings, query, k=HITS):
+    """The identifiers of at most k best documents, best first; equal scores in document order."""
+    scores = np.zeros(len(postings.ids), dtype=np.float32)
+    for term in search_terms(query):
+        if term in postings.terms:
+            numbers, weights = postings.terms[term]
+            scores[numbers] += weights
+    hits = np.flatnonzero(scores)
+    if len(hits) > k:                    # sort only what can be among the best k
+        hits = hits[scores[hits] >= np.partition(scores[hits], -k)[-k]]
+    best = hits[np.argsort(-scores[hits], kind="stable")][:k]
+    return tuple(postings.ids[number] for number in best)
+
+
+def product_document(product):
+    """The text under which a product is found: title, description, first bullet point and options, lower-cased."""
+    options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product["options"].items())
+    first_bullet = product["BulletPoints"][0] if product["BulletPoints"] else ""
+    return " ".join([product["Title"], product["Description"], first_bullet, options]).lower()
+
+
+# Loading the official files
+
+DROPPED_FIELDS = frozenset("""product_information brand brand_url list_price availability_quantity
+    availability_status total_reviews total_answered_questions seller_id seller_name fulfilled_by_amazon
+    fast_track_message aplus_present small_description_old""".split())
+
+
+def read_json(folder, pattern, kind):
+    """The content of the one file in `folder` that matches `pattern`, and its name; `kind` is the expected type."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"WebShop data folder {folder} is no folder; give the one with the official files.")
+    matches = sorted(folder.glob(pattern))
+    if not matches:
+        raise FileNotFoundError(f"No {pattern} in {folder}; put the official WebShop file there.")
+    if len(matches) > 1:
+        names = ", ".join(path.name for path in matches)
+        raise ValueError(f"Several files match {pattern} in {folder} ({names}); keep one of them there.")
+    try:
+        content = json.loads(matches[0].read_text(encoding="utf-8"))
+    except ValueError as error:          # both not JSON and not UTF-8
+        raise ValueError(f"{matches[0]} is not a JSON file: {error}.") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{matches[0]} holds a {type(content).__name__} where a {kind.__name__} is expected.")
+    return content, matches[0].name
+
+
+def checked(entry, field, kind, where):
+    """`entry[field]`, which must be a `kind` (a list: of strings); `where` names the file and entry in the error."""
+    names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+    if field not in entry:
+        raise ValueError(f"{where}: field {field!r} is missing; it must be a {names}.")
+    value = entry[field]
+    if not isinstance(value, kind) or isinstance(value, list) and not all(isinstance(item, str) for item in value):
+        strings = " of strings" if isinstance(value, list) else ""
+        raise ValueError(f"{where}: field {field!r} must be a {names}{strings}, not {value!r:.60}.")
+    return value
+
+
+def parse_pricing(entry, where):
+    """(list of one fixed price or of a range's two ends, price tag) from a text such as "$12.99" or "$10.00$20.00"."""
+    text = entry.get("pricing")
+    if not text:
+        return [100.0], "$100.0"
+    try:
+        parts = checked(entry, "pricing", str, where).split("$")[1:]
+        prices = [float(re.sub(r"[^\d.]", "", part)) for part in parts][:2]
+        return prices, f"${prices[0]}" if len(prices) == 1 else f"${prices[0]} to ${prices[1]}"
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{where}: field 'pricing' must be a text such as '$12.99' or '$10.00$20.00', "
+                         f"not {text!r:.60}.") from error
+
+
+def parse_options(entry, where):
+    """({option name: values}, {value: image or None}), lower-cased, from `customization_options`."""
+    if "customization_options" not in entry:
+        raise ValueError(f"{where}: field 'customization_options' is missing; it must be a dict or null.")
+    options, images = {}, {}
+    if not entry["customization_options"]:
+        return options, images
+    for name, choices in checked(entry, "customization_options", dict, where).items():
+        if choices is None:
+            continue
+        if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+            raise ValueError(f"{where}: option {name!r} in 'customization_options' must be null or a list of objects.")
+        values = [checked(choice, "value", str, f"{where}, option {name!r}").strip().replace("/", " | ").lower()
+                  for choice in choices]
+        images.update(zip(values, (choice.get("image") for choice in choices)))
+        options[name.lower()] = values
+    return options, images
+
+
+def load_product(entry, where):
+    """A product as the original's loader leaves it, but for the fields that come from the other two files."""
+    bullets = checked(entry, "small_description", (list, str), where)
+    pricing, tag = parse_pricing(entry, where)
+    options, images = parse_options(entry, where)
+    if not isinstance(entry.get("images"), list) or not entry["images"]:
+        raise ValueError(f"{where}: field 'images' must be a list of at least one address.")
+    checked(entry, "category", str, where)
+    checked(entry, "product_category", str, where)
+    return {
+        **{field: value for field, value in entry.items() if field not in DROPPED_FIELDS},
+        "query": checked(entry, "query", str, where).lower().strip(),
+        "Title": checked(entry, "name", str, where),
+        "Description": checked(entry, "full_description", str, where),
+        "BulletPoints": bullets if isinstance(bullets, list) else [bullets],
+        "Reviews": [], "Rating": "N.A.",          # the original ships no reviews
+        "pricing": pricing, "Price": tag,
+        "options": options, "option_to_image": images,
+        "MainImage": entry["images"][0],
+    }
+
+
+def load_instructions(product, attributes, human, where):
+    """The fields of a product that come from the attribute file and, if `human` is not None, from the human file."""
+    asin = product["asin"]
+    known = attributes.get(asin, {})
+    if not isinstance(known, dict):
+        raise ValueError(f"{where}: the entry must be an object, not {known!r:.60}.")
+    found = {"Attributes": checked(known, "attributes", list, where) if "attributes" in known else ["DUMMY_ATTR"]}
+    if human is not None:
+        return {**found, "instructions": human[asin]} if asin in human else found
+    if asin not in attributes:
+        raise ValueError(f"{where}: there is no entry for this product; take the file that goes with the products.")
+    found["instruction_text"] = known.get("instruction")
+    found["instruction_attributes"] = known.get("instruction_attributes")
+    if found["instruction_text"] is not None:
+        checked(known, "instruction", str, where)
+        if not checked(known, "instruction_attributes", list, where):
+            raise ValueError(f"{where}: field 'instruction_attributes' is empty although there is an instruction.")
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def load_products(data, human_goals):
+    """{asin: product} in the order of the file. Shared between environments: not to be changed."""
+    if data is None:
+        catalogue = webshop_catalogue()
+        items, attributes, human = catalogue["items"], catalogue["attributes"], catalogue["human"]
+        items_name, attributes_name, human_name = "items", "attributes", "human"
+    else:
+        items, items_name = read_json(data, "items_shuffle*.json", list)
+        attributes, attributes_name = read_json(data, "items_ins_v2*.json", dict)
+        human, human_name = read_json(data, "items_human_ins*.json", dict) if human_goals else (None, None)
+    products = {}
+    for number, entry in enumerate(items):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{items_name}, entry {number}: a product must be an object, not {entry!r:.60}.")
+        asin = checked(entry, "asin", str, f"{items_name}, entry {number}")
+        if asin == "nan" or len(asin) > 10 or asin in products:      # the original's filter
+            continue
+        product = load_product(entry, f"{items_name}, entry {number} ({asin})")
+        products[asin] = product | load_instructions(
+            product, attributes, human if human_goals else None, f"{attributes_name}, {asin}")
+        check_human_instructions(products[asin].get("instructions", []), f"{human_name}, {asin}")
+    if not products:
+        raise ValueError(f"{items_name} holds no product with a usable asin; give a file with at least one.")
+    return products
+
+
+def check_human_instructions(instructions, where):
+    if not isinstance(instructions, list) or not all(isinstance(entry, dict) for entry in instructions):
+        raise ValueError(f"{where}: the entry must be a list of objects.")
+    for entry in instructions:
+        checked(entry, "instruction", str, where)
+        checked(entry, "instruction_attributes", list, where)
+        checked(entry, "instruction_options", list, where)
+
+
+@functools.lru_cache(maxsize=8)
+def load_search(data, human_goals):
+    """query -> at most 50 asins, best first, over the products of `load_products`; recent queries are remembered."""
+    products = load_products(data, human_goals)
+    postings = build_postings(list(products), map(product_document, products.values()))
+    return functools.lru_cache(maxsize=4096)(functools.partial(bm25, postings))
+
+
+# Goals
+
+GOAL_FIELDS = {"asin", "category", "query", "name", "product_category", "instruction_text", "attributes", "price_upper",
+               "goal_options"}
+
+
+def draw_prices(products, rng):
+    """{asin: price}; a price range is drawn uniformly between its ends, once for all episodes."""
+    return {asin: product["pricing"][0] if len(product["pricing"]) == 1 else rng.uniform(*product["pricing"])
+            for asin, product in products.items()}
+
+
+def draw_price_bound(price, rng):
+    """(upper price of a goal, the sentence about it): the larger of two of the next four tens above the price."""
+    candidates = [bound for bound in (10.0 * step for step in range(1, 100)) if bound > price][:4]
+    if len(candidates) < 2:
+        return 1000000, ""
+    upper = max(rng.sample(candidates, 2))
+    return upper, f", and price lower than {upper:.2f} dollars"
+
+
+def make_goal(product, instruction, attributes, price_upper, options):
+    copied = {field: product[field] for field in ("asin", "category", "query", "name", "product_category")}
+    return {**copied, "instruction_text": instruction, "attributes": attributes, "price_upper": price_upper,
+            "goal_options": options}
+
+
+def human_goals_of(product, price, rng):
+    """One goal for each human instruction that names attributes; its options are a list of values."""
+    goals = []
+    for entry in product.get("instructions", []):
+        if entry["instruction_attributes"]:
+            upper, sentence = draw_price_bound(price, rng)
+            goals.append(make_goal(product, entry["instruction"].strip(".") + sentence, entry["instruction_attributes"],
+                                   upper, entry["instruction_options"]))
+    return goals
+
+
+def synthetic_goals_of(product, price, rng):
+    """One goal for each combination of option values, all under one price bound; its options are {name: value}."""
+    if product["instruction_text"] is None:
+        return []
+    upper, sentence = draw_price_bound(price, rng)
+    names = sorted(product["options"])
+    goals = []
+    for values in itertools.product(*(product["options"][name] for name in names)):
+        options = dict(zip(names, values))
+        wish = ", and ".join(f"{name}: {value}" for name, value in options.items())
+        text = product["instruction_text"] + (f" with {wish}" if wish else "") + sentence
+        goals.append(make_goal(product, text, product["instruction_attributes"], upper, options))
+    return goals
+
+
+def build_goals(products, prices, human_goals, rng):
+    """All goals in product order. `weight` is 1 for human goals, else the mean inverse frequency of the attributes."""
+    goals_of = human_goals_of if human_goals else synthetic_goals_of
+    goals = [goal for asin, product in products.items() for goal in goals_of(product, prices[asin], rng)]
+    frequency = Counter(attribute for goal in goals for attribute in goal["attributes"])
+    for goal in goals:
+        rarity = sum(1 / frequency[attribute] for attribute in goal["attributes"])
+        goal["weight"] = 1 if human_goals else rarity / len(goal["attributes"])
+    return goals
+
+
+@functools.lru_cache(maxsize=64)
+def load_goals(data, human_goals, seed, shuffle_seed):
+    """({asin: price}, shuffled goals), drawn as in the original. Shared between environments: not to be changed."""
+    products = load_products(data, human_goals)
+    rng = random.Random(seed)
+    prices = draw_prices(products, rng)
+    goals = build_goals(products, prices, human_goals, rng)
+    if not goals:
+        raise ValueError(f"The WebShop data in {data or 'the generated catalogue'} give no "
+                         f"{'human' if human_goals else 'synthetic'} goal; at least one product needs an instruction.")
+    random.Random(shuffle_seed).shuffle(goals)
+    return prices, goals
+
+
+def weighted_goal(goals, rng):
+    """The index that the original plays when none is asked for.
+
+    Its table of cumulative weights begins with a zero, so goal i is drawn with the weight of goal i - 1, goal 0 never.
+    """
+    cumulative = [0, *itertools.accumulate(goal["weight"] for goal in goals)]
+    return min(bisect.bisect(cumulative, rng.uniform(0, cumulative[-1])), len(goals) - 1)
+
+
+# Reward
+
+def type_reward(bought, goal, nouns):
+    """How far the product is of the wished kind: r_type in {0, 0.1, 0.5, 1} and what it is decided by."""
+    bought_nouns, goal_nouns = nouns(bought["name"]), nouns(goal["name"])
+    # Repeated nouns count in the denominator only, so a title can score below 1 against itself.
+    title_score = len(set(bought_nouns) & set(goal_nouns)) / len(goal_nouns) if goal_nouns else 0.2
+    levels = [{level.strip() for level in item["product_category"].split("›")} for item in (bought, goal)]
+    query_match = bought["query"] == goal["query"]
+    category_match = len(levels[0] & levels[1]) >= 2
+    r_type = 1.0 if query_match or category_match or title_score > 0.2 else 0.5
+    if title_score < 0.1:
+        r_type = 0.1 if title_score else 0.0
+    return {"r_type": r_type, "query_match": query_match, "category_match": category_match, "title_score": title_score}
+
+
+def count_attributes(bought, wished):
+    """How many wished attributes the product has: by fuzzy match, or literally in its texts."""
+    texts = [bought["Title"].lower(), " ".join(bought["BulletPoints"]).lower(), bought["Description"].lower()]
+    return sum(any(token_set_ratio(has, wish) > 85 for has in bought["Attributes"])
+               or any(wish in text for text in texts) for wish in wished)
+
+
+def count_options(chosen, wished):
+    """How many wished options were chosen. A synthetic goal wishes (name, value) pairs, compared as Python text."""
+    chosen = [normalize_color(value) for value in chosen.values()]
+    wished = [normalize_color(wish) for wish in (wished.items() if isinstance(wished, dict) else wished)]
+    return sum(any(token_set_ratio(value, wish) > 85 for value in chosen) for wish in wished)
+
+
+def webshop_reward(bought, goal, options, price, *, nouns=None):
+    """The original's graded reward of a purchase, 0..1, and its parts.
+
+    bought: product as loaded; goal: as in `WebShop.goals`; options: {name: value} chosen; price: of the product in
+    dollars; nouns: title -> lower-cased nouns with repetitions (default `title_nouns`).
+    reward = r_type * (attributes met + options met + price met) / (attributes + options + 1); each other r_* is a met
+    share, each w_* the share of that part in the denominator; r_option, w_option are None for a goal without options.
+    """
+    parts = type_reward(bought, goal, nouns or title_nouns)
+    attributes, wishes = len(goal["attributes"]), len(goal["goal_options"])
+    if not attributes:
+        raise ValueError(f"The goal for {goal['asin']} names no attribute; the reward is defined for at least one.")
+    total = attributes + wishes + 1
+    attribute_hits = count_attributes(bought, goal["attributes"])
+    option_hits = count_options(options, goal["goal_options"])
+    r_price = price <= goal["price_upper"]
+    parts |= {
+        "num_attr_matches": attribute_hits, "r_att": attribute_hits / attributes, "w_att": attributes / total,
+        "num_option_matches": option_hits, "r_option": option_hits / wishes if wishes else None,
+        "w_option": wishes / total if wishes else None, "r_price": r_price, "w_price": 1 / total,
+    }
+    return (attribute_hits + option_hits + r_price) / total * parts["r_type"], parts
+
+
+# Pages: lists of (kind, text) with kind "text", "button", "asin" or "option"
+
+def start_page(instruction):
+    return [("text", "WebShop"), ("text", "Instruction: "), ("text", instruction), ("button", "Search")]
+
+
+def top_of_page(instruction):
+    return [("text", "Instruction:"), ("text", instruction), ("button", "Back to Search")]
+
+
+def results_page(instruction, shown, number, total):
+    """Page `number` of a search with `total` hits, of which the products `shown` are on this page."""
+    parts = top_of_page(instruction) + [("text", f"Page {number} (Total results: {total})")]
+    parts += [("button", "< Prev")] * (number > 1) + [("button", "Next >")]
+    for product in shown:
+        parts += [("asin", product["asin"]), ("text", product["Title"]), ("text", product["Price"])]
+    return parts
+
+
+def item_page(instruction, product, show_attrs):
+    parts = top_of_page(instruction) + [("button", "< Prev")]
+    for name, values in product["options"].items():
+        parts += [("text", name)] + [("option", value) for value in values]
+    parts += [("text", text)
+              for text in (product["Title"], f"Price: {product['Price']}", f"Rating: {product['Rating']}")]
+    buttons = ["Description", "Features", "Reviews"] + ["Attributes"] * show_attrs + ["Buy Now"]
+    return parts + [("button", button) for button in buttons]
+
+
+def sub_page(instruction, product, page):
+    """One of `SUB_PAGES`. List entries have a leading blank, so that even an empty one is visible."""
+    texts = {
+        "description": [product["Description"]],
+        "features": [" " + bullet for bullet in product["BulletPoints"]],
+        "reviews": [],
+        "attributes": [" " + attribute for attribute in product["Attributes"]]
+                      + [product["category"], product["query"], product["product_category"]],
+    }[page]
+    return top_of_page(instruction) + [("button", "< Prev")] + [("text", text) for text in texts]
+
+
+def done_page(asin, options, score):
+    """The page after a purchase. The original fills only these fields of it; the others are blank or "None"."""
+    chosen = json.dumps(options, sort_keys=True)
+    for character in "<>&'":             # as Flask writes JSON into a page
+        chosen = chosen.replace(character, f"\\u{ord(character):04x}")
+    texts = ["Thank you for shopping with us!", "Your code: ", "None", " (Paste it in your MTurk interface.)",
+             "Purchased", "asin", asin, "options", chosen, "attrs", "None", "category", "None", "query", "None",
+             "product category", "None",
+             "Target", "asin", "options", "attrs", "price upper", "instuction text", "category", "product category",
+             "query", "Goal ", "None",
+             "Reward", "Your score (min 0.0, max 1.0)", str(score), "Reward Details ", "None"]
+    return [("text", text) for text in texts]
+
+
+def page_clickables(parts):
+    """What can be clicked, each label once: buttons, then asins, then option values."""
+    labels = {kind: [text for k, text in parts if k == kind] for kind in ("button", "asin", "option")}
+    return list(dict.fromkeys([text.lower() for text in labels["button"] + labels["asin"]] + labels["option"]))
+
+
+def visible_parts(parts):
+    """Drop what the original's HTML parser drops: blanks become one blank, or nothing if they hold a line break."""
+    for kind, text in parts:
+        if text.strip(" \n\t\f\r"):
+            yield kind, text
+        elif text and "\n" not in text:
+            yield kind, " "
+
+
+def plain_text(parts):
+    return " [SEP] ".join(text.strip() for _, text in visible_parts(parts))
+
+
+def rich_text(parts, address, opened):
+    """One line for each visible text; buttons are marked, as clicked if in `address` (options) or `opened` (asins)."""
+    front, lines = "", ""
+    for kind, text in visible_parts(parts):
+        clicked = kind == "option" and f'"{text}"' in address or kind == "asin" and text in opened
+        if kind != "text":
+            lines += {"button": "", "asin": "\n", "option": "  "}[kind]
+            lines += f"[clicked button] {text} [clicked button_]\n" if clicked else f"[button] {text} [button_]\n"
+        else:
+            lines += f"{text}\n"
+        if clicked and kind == "option":
+            front = f"You have clicked {text}.\n{front}"
+    return front + lines
+
+
+class WebShop(gymnasium.Env):
+    """Buy what an instruction asks for; actions are `search[words]` (on every page) and `click[label]`.
+
+    data: folder with the official items_shuffle*.json, items_ins_v2*.json and, for human goals, items_human_ins*.json;
+        None takes the generated catalogue, whose scores are not comparable with those on the official products.
+    human_goals: instructions written by people instead of synthetic ones.
+    seed: of the prices and price bounds; shuffle_seed: of the order of goals (the original fixes 233; verl-agent and
+        SDAR take the same number for both, another one for every worker).
+    search: query -> ranked asins, replaces the BM25, the random draw of the query "<r>" included.
+    nouns: title -> its lower-cased nouns with repetitions, replaces `title_nouns`.
+    observation_mode: "text", or "text_rich" with a line for each text and marked buttons.
+    show_attrs: items also have a page of attributes.
+
+    `reset(options=)` takes {"split": "train" | "val", "task_id": int}, {"split": "all"} (the original's weighted draw
+    over all goals) or {"goal": index in `goals` or a goal}. The first 500 goals are "val", the others "train" (half
+    each if there are fewer than 1,000). The reward is the graded score of a purchase, which ends the episode; it is
+    truncated after `WEBSHOP_MAX_STEPS`. As in the original, a search still works afterwards.
+
+    State: page ("start", "results", "item", one of `SUB_PAGES`, "done"), results (asins, best first), page_number (from
+    1; None before a search), asin (or None), options ({name: value} chosen), clickables (labels), goal, price ({asin:
+    dollars}). products, goals and price are shared between environments and must not be changed.
+    Raises FileNotFoundError or ValueError for missing or malformed files, ValueError for impossible options of `reset`.
+    """
+    metadata = {"render_modes": []}
+
+    def __init__(self, data=None, *, human_goals=False, seed=233, search: Callable | None = None,
+                 nouns: Callable | None = None, shuffle_seed=233, observation_mode="text", show_attrs=False):
+        if observation_mode not in ("text", "text_rich"):
+            raise ValueError(f"observation_mode must be 'text' or 'text_rich', not {observation_mode!r}.")
+        data = None if data is None else str(data)
+        self.products = load_products(data, bool(human_goals))
+        self.price, self.goals = load_goals(data, bool(human_goals), seed, shuffle_seed)
+        self.search, self.draws_random = search or load_search(data, bool(human_goals)), search is None
+        # Generated titles are judged by the rule everywhere, so that a score does not depend on what is installed.
+        self.nouns = nouns or (nouns_by_rule if data is None else title_nouns)
+        self.observation_mode, self.show_attrs = observation_mode, bool(show_attrs)
+        first_train = WEBSHOP_VAL_GOALS if len(self.goals) >= 2 * WEBSHOP_VAL_GOALS else len(self.goals) // 2
+        self.splits = {"val": range(first_train), "train": range(first_train, len(self.goals))}
+        self.observation_space, self.action_space = AnyText(max_length=65536), AnyText(max_length=1024)
+        self.page = None
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.goal, self.task_id = self._choose_goal(seed, options or {})
+        self.steps = 0
+        self._show_start()
+        return self._observe(), self._info(valid=True, score=0.0)
+
+    def _choose_goal(self, seed, options):
+        """(goal, task_id); the task_id is the index in the split, for a goal given by index that index, else None."""
+        unknown = options.keys() - {"split", "task_id", "goal"}
+        if unknown or "goal" in options and len(options) > 1:
+            raise ValueError(f"reset takes options 'split' and 'task_id', or 'goal' alone, not {sorted(options)}.")
+        if isinstance(options.get("goal"), dict):
+            missing = GOAL_FIELDS - options["goal"].keys()
+            if missing or options["goal"]["asin"] not in self.products:
+                raise ValueError(f"The given goal lacks {sorted(missing)} or its product is not in the catalogue.")
+            return options["goal"], None
+        split = "all" if "goal" in options else options.get("split", "train")
+        indices = range(len(self.goals)) if split == "all" else self.splits.get(split)
+        if not indices:
+            raise ValueError(f"WebShop has no goals in split {split!r}; splits are 'train', 'val' and 'all'.")
+        task_id = options.get("goal", options.get("task_id"))
+        if task_id is None and split == "all":
+            own_seed = int(self.np_random.integers(2**32)) if seed is None else seed
+            task_id = weighted_goal(self.goals, random.Random(own_seed))
+        elif task_id is None:
+            task_id = int(self.np_random.integers(len(indices)))
+        if not isinstance(task_id, (int, np.integer)) or not 0 <= task_id < len(indices):
+            raise ValueError(
+                f"Goal {task_id!r} is not in split {split!r}; it must be a number from 0 to {len(indices) - 1}.")
+        return self.goals[indices[task_id]], int(task_id)
+
+    def step(self, action):
+        if not isinstance(action, str):
+            raise TypeError(f"A WebShop action is a string such as 'search[red lamp]', not {type(action).__name__}.")
+        if self.page is None:
+            raise gymnasium.error.ResetNeeded("Call reset before the first step.")
+        name, argument = split_action(action)
+        argument = argument and argument.lower()
+        score, valid = 0.0, False
+        if name == "search" and argument is not None:
+            self._show_results(argument, 1)
+            valid = bool(argument.strip())
+        elif name == "click" and argument in self.clickables and argument != "search":
+            score, valid = self._click(argument), True
+        self.steps += 1
+        bought = valid and self.page == "done"
+        observation, info = self._observe(), self._info(valid=valid, score=score)
+        return observation, score, bought, not bought and self.steps >= WEBSHOP_MAX_STEPS, info
+
+    def _click(self, label):
+        """Do what the label stands for and return the score, which is 0 but for a purchase."""
+        # The original tells pages apart by the first of these names in the address, which holds words and options too.
+        names = ("search_results", "item_page", "item_sub_page", "done")
+        here = next((name for name in names if name in self.address), None)
+        if label == "buy now":
+            return self._buy()
+        if label == "back to search":
+            self._show_start()
+        elif label in ("next >", "< prev") and here == "search_results":
+            self._show_results(self.query, self.page_number + (1 if label == "next >" else -1))
+        elif label == "< prev" and here == "item_page":
+            self._show_results(self.query, self.page_number)
+        elif label in SUB_PAGES:
+            self._show(label)
+        else:
+            self._open_or_choose(label)
+        return 0.0
+
+    def _open_or_choose(self, label):
+        """Open a product of the results, choose an option value, or go from a sub page back to the item."""
+        if self.page == "results":
+            self.asin = next(asin for asin in self.shown if asin.lower() == label)
+            self.opened = self.opened | {self.asin}
+        elif self.page == "item":        # a value that stands under two names is set for the later one
+            for name, values in reversed(self.products[self.asin]["options"].items()):
+                if label in values:
+                    self.options = {**self.options, name: label}
+                    break
+        self._show("item")
+
+    def _buy(self):
+        score, self.reward_parts = webshop_reward(
+            self.products[self.asin], self.goal, self.options, self.price[self.asin], nouns=self.nouns)
+        self._show("done", score)
+        return score
+
+    def _show_start(self):
+        self.query, self.page_number, self.asin, self.options = None, None, None, {}
+        self.results, self.shown, self.opened, self.reward_parts = [], [], frozenset(), None
+        self._show("start")
+
+    def _show_results(self, query, number):
+        """Show page `number` of a search and forget the options. The search is repeated, so that "<r>" draws anew."""
+        self.query, self.page_number, self.asin, self.options = query, number, None, {}
+        self.results = self._rank(query)
+        self.shown = self.results[(number - 1) * HITS_PER_PAGE:number * HITS_PER_PAGE]
+        self._show("results")
+
+    def _rank(self, query):
+        """The asins for a query: "<r>" random ones, "<c> word" a category, "<q> words" a query, else a search."""
+        mark, *words = query.split(" ")
+        if mark == "<r>" and self.draws_random:
+            return self.np_random.permutation(list(self.products))[:HITS].tolist()
+        if mark == "<c>":                # without a word, and for "<a>", the original raises; here nothing is found
+            return [asin for asin, product in self.products.items() if words and product["category"] == words[0]]
+        if mark == "<q>":
+            return [asin for asin, product in self.products.items() if product["query"] == " ".join(words).strip()]
+        if mark == "<a>":
+            return []
+        return [asin for asin in self.search(query) if asin in self.products][:HITS]
+
+    def _show(self, page, score=None):
+        self.page = page
+        instruction, product = self.goal["instruction_text"], self.products.get(self.asin)
+        if page == "start":
+            self.parts = start_page(instruction)
+        elif page == "results":
+            shown = [self.products[asin] for asin in self.shown]
+            self.parts = results_page(instruction, shown, self.page_number, len(self.results))
+        elif page == "item":
+            self.parts = item_page(instruction, product, self.show_attrs)
+        elif page == "done":
+            self.parts = done_page(self.asin, self.options, score)
+        else:
+            self.parts = sub_page(instruction, product, page)
+        self.clickables = page_clickables(self.parts)
+
+    @property
+    def address(self):
+        """The page's address in the original, without host and session."""
+        words = "+".join((self.query or "").split(" "))
+        if self.page == "start":
+            return ""
+        if self.page == "results":
+            return f"search_results/{words}/{self.page_number}"
+        if self.page == "item":
+            return f"item_page/{self.asin}/{words}/{self.page_number}/{json.dumps(self.options)}"
+        if self.page == "done":
+            return f"done/{self.asin}/{self.options}"
+        return f"item_sub_page/{self.asin}/{words}/{self.page_number}/{self.page.title()}/{self.options}"
+
+    def _observe(self):
+        if self.observation_mode == "text":
+            return plain_text(self.parts)
+        return rich_text(self.parts, self.address, self.opened)
+
+    def _info(self, *, valid, score):
+        # "search" is a label but refused when clicked, and a label with a bracket can't be written as an action.
+        labels = [label for label in self.clickables if label and label != "search" and not set(label) & {"[", "\n"}]
+        return {"task": self.goal["instruction_text"], "task_id": self.task_id, "task_type": self.goal["category"],
+                "admissible": ["search[<words>]", *(f"click[{label}]" for label in labels)],
+                "valid": valid, "won": score == 1.0, "score": score}
+
+    @property
+    def task_types(self):
+        """The departments of the goals: what `info["task_type"]` can be."""
+        return tuple(sorted({goal["category"] for goal in self.goals}))
+
+    def num_tasks(self, split):
+        return len(self.splits[split])
+
+    def expert(self):
+        """A good next action, from any page."""
+        return webshop_expert(self)[1]
+
+    def demonstrate(self, rng, careless=False):
+        """The next (thought, action) of the careful or the careless shopper; rng: `random.Random`."""
+        return webshop_habit(self, rng) if careless else webshop_expert(self)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# WebShop: a generated catalogue in the official schema
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A department: the first level of product_category, its attributes (shared by its types), its options with all their
+# values, and its types as "group: noun phrase, ..". No word of a noun phrase occurs in another one, in an attribute or
+# in an option, so that a search for the noun alone finds the type and nothing tells its products apart.
+WEBSHOP_DEPARTMENTS = {
+    "beauty": (
+        "Beauty & Personal Care",
+        "vegan, cruelty free, paraben free, long lasting, gentle, hydrating, travel friendly, non greasy, handmade, "
+        "natural",
+        {"scent": "lavender, jasmine, citrus, vanilla, coconut, cedar", "size": "small, medium, large"},
+        ["Skin Care: face cream, body lotion, eye serum, lip balm", "Hair Care: shampoo, beard wax, curl spray",
+         "Bath: bath bomb, hand soap", "Makeup: mascara, nail polish, makeup brush"],
+    ),
+    "electronics": (
+        "Electronics",
+        "wireless, waterproof, rechargeable, portable, fast charging, heavy duty, energy saving, shockproof, quiet, "
+        "touch control",
+        {"color": "black, white, blue, red, gray, silver", "style": "retro, modern, sport, studio"},
+        ["Accessories: phone case, tablet stand, power bank, wall charger", "Audio: bluetooth speaker, headset, radio",
+         "Computers: keyboard, webcam, usb hub", "Smart Home: alarm clock"],
+    ),
+    "fashion": (
+        "Clothing, Shoes & Jewelry",
+        "machine washable, lightweight, breathable, stretchy, quick dry, slim fit, wrinkle resistant, fleece lined, "
+        "soft, padded",
+        {"color": "black, blue, green, pink, brown, purple", "size": "small, medium, large, giant"},
+        ["Tops: hoodie, polo shirt, cardigan, tank top", "Outerwear: rain jacket, winter coat",
+         "Bottoms: denim skirt, yoga pant", "Dresses: maxi dress", "Accessories: wool scarf, leather belt, sun hat"],
+    ),
+    "garden": (
+        "Home & Kitchen",
+        "rust proof, foldable, easy clean, space saving, sturdy, eco friendly, stackable, non slip, dimmable, washable",
+        {"color": "black, white, green, red, brown, orange", "size": "small, medium, large, giant"},
+        ["Lighting: desk lamp, paper lantern", "Textiles: area rug, throw pillow, shower curtain, bed sheet",
+         "Outdoor: flower pot, patio chair, bird feeder", "Storage: laundry basket, spice rack"],
+    ),
+    "grocery": (
+        "Grocery & Gourmet Food",
+        "gluten free, sugar free, dairy free, organic, kosher, low sodium, non gmo, keto friendly, fair trade, "
+        "caffeine free",
+        {"flavor": "lemon, honey, ginger, mint, berry, cinnamon", "pack": "single, double, triple"},
+        ["Beverages: herbal tea, ground coffee, cocoa powder",
+         "Snacks: granola bar, trail mix, rice cracker, corn chip",
+         "Pantry: olive oil, pancake syrup, tomato sauce, peanut butter"],
+    ),
+}
+WEBSHOP_BRANDS = ("Norvell Brimo Kestin Velmar Orlano Tamsol Dunvar Galvo Hestel Ilvane Lumbry Marloft Nuvera Pelmont "
+                  "Rendal Solmery Torbin Umbrik Wexley Zanvi").split()
+# Descriptions have equal lengths, and so have first bullets, without stop words or words of a request: BM25 then ranks
+# by what a shopper asks for alone, and twins tie.
+WEBSHOP_DESCRIPTIONS = ["Checked twice before leaving our workshop.", "Our shoppers buy more every year.",
+                        "Ships within two days from here.", "Crafted from scratch like years ago."]
+WEBSHOP_BULLETS = ["Good every day.", "Lasts many years.", "Liked across towns.", "Simple yet solid."]
+WEBSHOP_DETAILS = ["gift wrap", "two year warranty", "printed guide", "spare parts"]
+WEBSHOP_REQUESTS = ["find me", "i need", "i am looking for", "i want to buy", "please get me"]
+WEBSHOP_HUMAN_REQUESTS = [
+    "my old {noun} is gone, so now i want one that is {a} and also {b}{options}",
+    "do you sell any {noun} which is both {a} and {b}?{options}",
+    "shopping for my sister today: {b}, {a}, and it has to be a {noun}{options}",
+    "a {noun} for the weekend, {a} if possible, and {b} as well{options}",
+    "what i miss at home is a {noun}. make it {b} and {a}{options}",
+]
+
+
+def webshop_catalogue() -> dict:
+    """1,008 or more generated products with their instructions, in the three official files' schema.
+
+    Every call gives the same. A product is defined by its type, two of the type's six attributes and a brand. Products
+    of one type are near-duplicates that differ in an attribute, and have the same options. In two of seven pairs of
+    attributes there is a dear twin, listed (so, at equal BM25, ranked) before the cheap one: it is 50 to 90 dollars
+    above it, which the goal's bound, at most 40 above the price, never allows. In a tenth of the pairs the second
+    attribute stands in the first bullet point and not in the title.
+
+    Returns {"items": items_shuffle.json's list, "attributes": items_ins_v2.json's, "human": items_human_ins.json's}.
+    """
+    rng = random.Random(0)
+    chunks = rng.sample([a + b + c + d for a in "BDKLMNPRST" for b in "AEIO" for c in "DKLMNRTV" for d in "AIOU"], 40)
+    asins = ["B0" + first + second for first in chunks for second in chunks]
+    rng.shuffle(asins)
+    types = [(department, group, noun) for department, (_, _, _, groups) in WEBSHOP_DEPARTMENTS.items()
+             for line in groups for group, nouns in [line.split(": ")] for noun in nouns.split(", ")]
+    option_counts = [0 if 20 * i < 3 * len(types) else 1 if 20 * i < 12 * len(types) else 2 for i in range(len(types))]
+    rng.shuffle(option_counts)
+    catalogue = {"items": [], "attributes": {}, "human": {}}
+    pairs_of_twins = []
+    for (department, group, noun), option_count in zip(types, option_counts):
+        root, attributes, options, _ = WEBSHOP_DEPARTMENTS[department]
+        kind = {"category": department, "query": _plural(noun), "images": ["https://example.com/picture.jpg"],
+                "product_category": f"{root} › {group} › {_plural(noun).title()}",
+                "customization_options": _draw_options(rng, options, option_count)}
+        pool = rng.sample(attributes.split(", "), 6)
+        pairs = rng.sample([(a, b) for a in pool for b in pool if pool.index(a) < pool.index(b)], 14)
+        for number, pair in enumerate(pairs):
+            pair = rng.sample(pair, 2)
+            hidden = rng.random() < 0.1
+            price = rng.randrange(500, 4500) / 100
+            prices = [price + rng.randrange(5000, 9000) / 100, price] if number < 4 else [price]
+            products = [kind | _product(rng, asins.pop(), brand, pair, noun, price, hidden)
+                        for brand, price in zip(rng.sample(WEBSHOP_BRANDS, 2), prices)]
+            catalogue["items"] += products
+            if len(products) == 2:
+                pairs_of_twins.append([product["asin"] for product in products])
+            for product in products:
+                entry = {"attributes": [*pair, product["small_description"][1].removeprefix("Comes with ").rstrip(".")]}
+                is_dear = len(products) == 2 and product is products[0]
+                if not is_dear or rng.random() < 1 / 3:
+                    entry |= {"instruction": _request(rng, pair, noun), "instruction_attributes": list(pair)}
+                if not is_dear and rng.random() < 0.2:
+                    catalogue["human"][product["asin"]] = [_human_request(rng, pair, noun, kind)]
+                catalogue["attributes"][product["asin"]] = entry
+    rng.shuffle(catalogue["items"])
+    _list_first(catalogue["items"], pairs_of_twins)
+    return catalogue
+
+
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith(("s", "sh", "ch", "x")) else "s")
+
+
+def _article(phrase: str) -> str:
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def _draw_options(rng: random.Random, options: dict, count: int) -> dict:
+    names = sorted(rng.sample(list(options), count))
+    values = {name: options[name].split(", ") for name in names}
+    return {name: [{"value": value} for value in sorted(rng.sample(values[name], min(4, len(values[name]))))]
+            for name in names}
+
+
+def _product(rng, asin: str, brand: str, pair: list, noun: str, price: float, hidden: bool) -> dict:
+    """One entry of items_shuffle.json, without the fields that all products of its type share."""
+    words = ["everyday", pair[0]] if hidden else pair
+    bullet = f"Proven {pair[1]} quality." if hidden else rng.choice(WEBSHOP_BULLETS)
+    return {"asin": asin, "name": " ".join([brand, *words, noun]), "pricing": f"${price:.2f}",
+            "full_description": rng.choice(WEBSHOP_DESCRIPTIONS),
+            "small_description": [bullet, f"Comes with {rng.choice(WEBSHOP_DETAILS)}."]}
+
+
+def _request(rng, pair: list, noun: str) -> str:
+    what = f"{noun} that is {pair[0]} and {pair[1]}" if rng.random() < 0.2 else f"{pair[0]} {pair[1]} {noun}"
+    return f"{rng.choice(WEBSHOP_REQUESTS)} {_article(what)}"
+
+
+def _human_request(rng, pair: list, noun: str, kind: dict) -> dict:
+    values = [rng.choice(values)["value"] for values in kind["customization_options"].values()]
+    options = f" - i would like {' and '.join(values)}" if values else ""
+    text = rng.choice(WEBSHOP_HUMAN_REQUESTS).format(noun=noun, a=pair[0], b=pair[1], options=options)
+    return {"instruction": text, "instruction_attributes": list(pair), "instruction_options": values}
+
+
+def _list_first(items: list, pairs: list) -> None:
+    """Swaps products in place so that the first of each pair of asins comes before the second."""
+    place = {item["asin"]: i for i, item in enumerate(items)}
+    for first, second in pairs:
+        i, j = place[first], place[second]
+        if i > j:
+            items[i], items[j] = items[j], items[i]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# WebShop: a careful and a careless shopper
+# ---------------------------------------------------------------------------------------------------------------------
+
+# How often the careless shopper gives in to a habit, at each decision where the careful one would do something else:
+# search the product without its details; open the first product whatever its price and details; buy with an option not
+# chosen; stay with a wrong product.
+WEBSHOP_HABITS = {"vague_query": 0.6, "any_price": 0.6, "skip_options": 0.5, "keep_wrong": 1.0}
+WEBSHOP_BUTTONS = {"search", "back to search", "< prev", "next >", "description", "features", "reviews", "attributes",
+                   "buy now"}
+
+
+def webshop_expert(env) -> tuple[str, str]:
+    """The careful shopper's (thought, action) in any state: wins every goal that its own product can win."""
+    return _shop(env, careless=lambda habit: False)
+
+
+def webshop_habit(env, rng: random.Random) -> tuple[str, str]:
+    """The careless shopper's (thought, action): the careful one's, but for WEBSHOP_HABITS drawn from `rng`."""
+    return _shop(env, careless=lambda habit: rng.random() < WEBSHOP_HABITS[habit])
+
+
+def _shop(env, careless) -> tuple[str, str]:
+    """Thoughts of a careful and a careless decision begin with different words."""
+    if env.page == "results":
+        return _choose_product(env, careless)
+    if env.page == "item":
+        return _choose_options(env, careless)
+    if env.page in ("description", "features", "reviews", "attributes"):
+        return "back to the product", "click[< prev]"
+    details, noun = _request_words(env.goal)
+    if details != noun and careless("vague_query"):
+        return "search the product", f"search[{noun}]"
+    return "use every detail", f"search[{details}]"
+
+
+def _request_words(goal: dict) -> tuple[str, str]:
+    """The words to search for: what is asked for as the task says it, and its noun phrase alone."""
+    text = re.sub(r", and price lower than [\d.]+ dollars$", "", goal["instruction_text"].lower())
+    match = re.match(rf"(?:{'|'.join(WEBSHOP_REQUESTS)}) (?:an? )?(.+?)(?: with [^:]+: .*)?$", text)
+    if match is None:  # a human's wording
+        return " ".join([*goal["attributes"], goal["query"]]).lower(), goal["query"]
+    noun = match[1].split(" that ")[0]
+    for attribute in goal["attributes"]:
+        noun = " ".join(noun.replace(attribute, " ").split())
+    return match[1], noun or goal["query"]
+
+
+def _wanted_options(env, asin: str) -> dict[str, str]:
+    """The goal's option values that can be clicked on a product's page, {option name: value} in page order."""
+    wanted = env.goal["goal_options"]
+    pairs = wanted.items() if isinstance(wanted, dict) else [(None, value) for value in wanted]
+    options = env.products[asin]["options"]
+    sets = {value: name for name, values in options.items() for value in values}  # of equal values the later one counts
+    found = {}
+    for name, values in options.items():
+        for value in values:
+            clickable = sets[value] == name and value and value not in WEBSHOP_BUTTONS and not set(value) & {"[", "\n"}
+            if clickable and ((name, value) in pairs or (None, value) in pairs):
+                found[name] = value
+    return found
+
+
+def _fits(env, asin: str) -> bool:
+    """Whether buying the product can win; the goal's own product stands in for goals that none can win."""
+    if asin == env.goal["asin"]:
+        return True
+    if env.price[asin] > env.goal["price_upper"]:
+        return False
+    reward, _ = webshop_reward(env.products[asin], env.goal, _wanted_options(env, asin), env.price[asin],
+                               nouns=env.nouns)
+    return reward == 1.0
+
+
+def _choose_product(env, careless) -> tuple[str, str]:
+    start = 10 * (env.page_number - 1)
+    shown = env.results[start:start + 10]
+    fitting = next((asin for asin in shown if _fits(env, asin)), None)
+    if shown and fitting == shown[0]:
+        return "first one fits", f"click[{fitting.lower()}]"
+    if shown and careless("any_price"):
+        return "take the first", f"click[{shown[0].lower()}]"
+    if fitting:
+        dear = env.price[shown[0]] > env.goal["price_upper"]
+        return "first costs too much" if dear else "another one fits", f"click[{fitting.lower()}]"
+    if any(_fits(env, asin) for asin in env.results[start + 10:]):
+        return "look further", "click[next >]"
+    details, _ = _request_words(env.goal)
+    queries = [details, " ".join([*env.goal["attributes"], env.goal["query"]]), env.goal["name"]]
+    queries = list(dict.fromkeys(query.lower() for query in queries))
+    used = queries.index(env.query) if env.query in queries else -1
+    return "none of these fits", f"search[{queries[(used + 1) % len(queries)]}]"
+
+
+def _choose_options(env, careless) -> tuple[str, str]:
+    if not _fits(env, env.asin) and not careless("keep_wrong"):
+        return "not the right one", "click[< prev]"
+    for name, value in _wanted_options(env, env.asin).items():
+        if value not in env.options.values():
+            if careless("skip_options"):
+                return "good enough", "click[buy now]"
+            return f"choose the {name}", f"click[{value}]"
+    return "all is chosen", "click[buy now]"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# WebShop: prompt and answer
+# ---------------------------------------------------------------------------------------------------------------------
+
+def webshop_page(observation: str, admissible: list[str]) -> str:
+    """A page as short lines: what can be clicked stands in brackets, the task (told elsewhere) is left out.
+
+    observation: visible texts joined by " [SEP] ". admissible: what can be clicked, as labels or as click[label].
+
+    >>> print(webshop_page("Instruction: [SEP] i need a lamp [SEP] Back to Search [SEP] < Prev [SEP] color [SEP] red"
+    ...                    " [SEP] Galvo lamp [SEP] Price: $9.5 [SEP] Buy Now",
+    ...                    ["click[back to search]", "click[< prev]", "click[buy now]", "click[red]"]))
+    [back to search] [< prev]
+    color [red]
+    Galvo lamp Price: $9.5
+    [buy now]
+    """
+    labels = {item.removeprefix("click[").removesuffix("]") if item.startswith("click[") else item
+              for item in admissible}
+    parts = observation.split(" [SEP] ")
+    if parts[0] == "WebShop":
+        parts = parts[1:]
+    if parts[:1] == ["Instruction:"]:
+        parts = parts[2:]
+    kinds = ["text" if part.lower() not in labels else "button" if part.lower() in WEBSHOP_BUTTONS else "link"
+             for part in parts]
+    on_results = "next >" in labels
+    page = ""
+    for i, (part, kind) in enumerate(zip(parts, kinds)):
+        before = kinds[i - 1] if i else None
+        after = kinds[i + 1] if i + 1 < len(parts) else None
+        if on_results:
+            new_line = kind == "link"
+        else:  # an option's name, the title or text below a row of brackets, a row of buttons below a text
+            new_line = kind == "text" and (before != "text" or after == "link") or kind == "button" and before != kind
+        page += ("\n" if new_line else " ") + (part if kind == "text" else f"[{part.lower()}]")
+    return page.strip()
+
+
+def webshop_prompt(task: str, history: list, observation: str, admissible: list[str], skills: str = "") -> str:
+    """The user message of one turn.
+
+    history: the last (observation, action) pairs, oldest first; of a pair with the observation "" only the action is
+    shown. An earlier page is shown as text alone, since what could be clicked there is gone.
+    """
+    lines = ["You shop in a web store. Find what the task asks for and buy it."]
+    if skills:
+        lines += ["Skills:", skills.strip()]
+    lines.append(f"Task: {task}")
+    if history:
+        lines.append("Last steps:")
+        lines += [f"- {action}" if not seen else f"- on: {webshop_page(seen, [])}\n  {action}" for seen, action in history]
+    lines += ["Page:", webshop_page(observation, admissible),
+              "Think inside <think> </think>, then give one action inside <action> </action>: search[words] on any "
+              "page, or click[label] with a label in brackets on this page."]
+    return "\n".join(lines)
+
+
+def parse_webshop(text: str, *, official: bool = False) -> tuple[str, bool]:
+    """Splits an answer into the action, lower-cased, and whether the answer keeps the format.
+
+    The format asks for <action> and </action>, <think> and </think>, and no Chinese characters. Without the action's
+    tags the action is "", or, as in the official projection, the answer's last 20 characters.
+
+    >>> parse_webshop("<think>i should search</think><action> search[Red shirt] </action>")
+    ('search[red shirt]', True)
+    >>> parse_webshop("<action>click[buy now]</action>")
+    ('click[buy now]', False)
+    >>> parse_webshop("click[buy now]"), parse_webshop("click[buy now]", official=True)
+    (('', False), ('click[buy now]', False))
+    """
+    lower = text.lower()
+    start, end = lower.find("<action>"), lower.find("</action>")
+    if start < 0 or end < 0:
+        return (lower[-20:] if official else ""), False
+    valid = "<think>" in text and "</think>" in text and not re.search("[\u4e00-\u9fff]", text)
+    return lower[start + len("<action>"):end].strip(), valid
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registry
+# ---------------------------------------------------------------------------------------------------------------------
+
+ENVIRONMENTS = {"webshop": WebShop}
+PROMPTS = {"webshop": webshop_prompt}    # (task, history, observation, admissible, skills) -> the user message of a turn
+PARSERS = {"webshop": parse_webshop}
+gymnasium.register(id="sdar/WebShop-v0", entry_point=WebShop)
+
+
+def make(name, data=None, **kwargs) -> gymnasium.Env:
+    """The environment called `name` ("webshop") on `data` (a path, or None for generated tasks)."""
+    if name not in ENVIRONMENTS:
+        raise ValueError(f"There is no environment {name!r}; choose one of {', '.join(ENVIRONMENTS)}.")
+    return ENVIRONMENTS[name](data, **kwargs)
+
+
+def parse_action(env_name, text, *, official=False):
+    """A model's answer -> (action, valid), by the format that the environment's prompt asks for.
+
+    valid says whether the format was kept; whether the action exists on the page is `info["valid"]` after the step.
+    official: where the format is broken, act on the answer's end, as the released code does.
+
+    >>> parse_action("webshop", "<think>it fits</think><action>click[Buy Now]</action>")
+    ('click[buy now]', True)
+    """
+    return PARSERS[env_name](text, official=official)
