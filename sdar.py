@@ -1,0 +1,1287 @@
+"""SDAR: self-distilled agentic reinforcement learning (arXiv 2605.15155), in one file.
+
+An agent plays whole episodes (several turns of observation -> response); GRPO compares the episodes of one task with each
+other; and the same model, shown skill text that the student does not see, says of every sampled token how it likes it.
+
+    (1) A_i = (R_i - mean_group R) / (std_group R + 1e-6)               one return R per episode; an invalid turn gets A_i - c_inv
+    (2) L_pg = -Agg min(r A, clip(r, 1-e, 1+e) A), dual clip for A < 0   r = exp(logp - old_logp)
+    (3) L_kl = Agg(exp(d) - d - 1),  d = ref_logp - logp                 the k3 estimate of KL(student || reference)
+    (4) gap D = teacher_logp - logp,  gate g = sigmoid(beta D)           both detached
+    (5) L = L_pg + c_kl L_kl - c_ent H + lambda Agg(g (teacher_logp - logp))
+
+Agg(z) is the sum over all response tokens of an optimiser step divided by their number.
+
+    symbol      name here          meaning
+    pi, s       policy, prompt     one row is one turn: prompt ids (task, short history, observation) -> response ids
+    R, A        reward, advantage  10 if the task was won, else 0; normalised inside the group
+    r           ratio              current against sampling policy
+    D, g        gap, gate          teacher - student log-prob of a sampled token; its trust weight in (0, 1)
+    lambda, beta  sdar_coef, gate_beta
+
+What (5) adds has the gradient -lambda Agg(g grad logp): a gate-weighted likelihood of the student's own samples. On-policy
+samples have E[grad logp] = 0, so in expectation g acts as g - 1/2 = tanh(beta D / 2) / 2, a bounded and odd reward for what
+the skilled teacher prefers, about lambda beta / 4 times the gradient of the reverse KL for small gaps; at beta = 0 it is pure noise.
+
+Absent on purpose: a critic, a replay buffer, gradients through gate or teacher, re-tokenised responses.
+
+    python sdar.py                                                       the embedded model learns to shop, on a laptop
+    python sdar.py --env webshop --model Qwen/Qwen2.5-1.5B-Instruct      the same program on a real model
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import envs
+import kernels
+
+HERE = Path(__file__).resolve().parent
+TINY = HERE / "data" / "tiny"
+
+# B rows (a row is one turn of an episode) · T response tokens of a row · N response tokens of a batch, flattened
+# D hidden size · V vocabulary · L length of a packed sequence
+
+
+# ------------------------------------------------------------------------------------------------ advantages and losses
+# From here to the next ruler nothing but torch is used: copy the block into your own trainer as it stands.
+
+def group_advantages(returns, groups, *, eps=1e-6):
+    """Eq. (1): returns [E] and integer group ids [E] -> advantages [E], normalised inside each group.
+
+    The standard deviation is the unbiased one. A group of equal returns, or of one episode, gets exactly 0.
+    """
+    advantages = torch.zeros_like(returns)
+    for group in groups.unique():
+        members = groups == group
+        r = returns[members]
+        if len(r) > 1 and (r != r[0]).any():
+            advantages[members] = (r - r.mean()) / (r.std(unbiased=True) + eps)  # eq. (1)
+    return advantages
+
+
+def policy_loss(logp, old_logp, advantages, mask, *, num_tokens, clip=0.2, dual_clip=3.0):
+    """Eq. (2): PPO's clipped surrogate with dual clip, summed over mask and divided by num_tokens.
+
+    logp, old_logp, mask: [B, T] (or any one shape); advantages: the same shape, or [B] for one value a row.
+    num_tokens: response tokens of the whole optimiser step, so that micro-batches add up. Returns (loss, metrics);
+    metrics are shares of num_tokens, they too add up over micro-batches.
+    """
+    if advantages.dim() < logp.dim():
+        advantages = advantages.unsqueeze(-1)  # [B, 1]
+    ratio = torch.exp(logp - old_logp)
+    clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
+    pessimistic = torch.maximum(-advantages * ratio, -advantages * clipped)
+    bounded = torch.where(advantages < 0, torch.minimum(pessimistic, -advantages * dual_clip), pessimistic)  # eq. (2)
+    with torch.no_grad():
+        clip_fraction = (((ratio - 1).abs() > clip) * mask).sum() / num_tokens
+        old_kl = ((old_logp - logp) * mask).sum() / num_tokens
+    return (bounded * mask).sum() / num_tokens, {"grpo/clip_fraction": clip_fraction, "grpo/old_kl": old_kl}
+
+
+def kl_loss(logp, ref_logp, mask, *, num_tokens):
+    """Eq. (3): the k3 estimate of KL(student || reference) on the student's samples. All [B, T]; returns the loss."""
+    d = (ref_logp.detach() - logp).clamp(-10, 10)
+    return ((torch.exp(d) - d - 1) * mask).sum() / num_tokens  # eq. (3)
+
+
+SURROGATES = {  # the weight of -logp, a function of gap D and gate g
+    "mle": lambda gap, gate: gate,  # the paper, and the released code
+    "centered": lambda gap, gate: gate - 0.5,  # same expected gradient, less variance
+    "gap": lambda gap, gate: gate * gap,  # truly asymmetric
+    "opsd": lambda gap, gate: gap,  # plain on-policy self-distillation
+}
+
+
+def sdar_loss(logp, teacher_logp, mask, *, beta=5.0, num_tokens=None, surrogate="mle", gate=None):
+    """The last term of eq. (5), without lambda: its gradient is -Agg(w grad logp), with w from SURROGATES.
+
+    logp, teacher_logp, mask: [B, T]. gate: None for eq. (4), or another gate's values [B, T]. num_tokens: None for the
+    mask's own sum, or the tokens of the whole optimiser step. Returns (loss, metrics). The loss value, Agg(w D), is no
+    distance to the teacher and need not fall: only its gradient means something.
+    """
+    num_tokens = mask.sum() if num_tokens is None else num_tokens
+    with torch.no_grad():
+        gap = teacher_logp - logp  # eq. (4)
+        gate = torch.sigmoid(beta * gap) if gate is None else gate  # eq. (4)
+        weight = SURROGATES[surrogate](gap, gate)
+        metrics = {
+            "sdar/gap": (gap * mask).sum() / num_tokens,
+            "sdar/gap_abs": (gap.abs() * mask).sum() / num_tokens,
+            "sdar/gate": (gate * mask).sum() / num_tokens,
+            "sdar/gate_active": ((gate > 0.5) * mask).sum() / num_tokens,
+        }
+    return (weight * (teacher_logp.detach() - logp) * mask).sum() / num_tokens, metrics  # eq. (5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- config
+
+def option(default, help, choices=None):
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Every setting once: default (the paper's WebShop values), type and help. The command line is made from it."""
+
+    # task
+    env: str = option("webshop", "environment", choices=("webshop",))
+    data: str | None = option(None, "folder with the official data; default: tasks generated by this repository")
+    max_turns: int = option(15, "turns after which an episode ends")
+    history: int = option(2, "earlier turns shown in a prompt")
+    history_observations: bool = option(True, "show the observations of earlier turns, not only the actions")
+    reward: str = option("won", "return of an episode: 10 if won, or 10 times the graded score", choices=("won", "score"))
+    # model
+    model: str = option("tiny", "tiny (embedded), new (tiny, untrained), a model folder, or a name that transformers loads")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: str = option("auto", "auto is bf16 compute on CUDA, fp32 elsewhere; weights are always fp32",
+                        choices=("auto", "float32", "bfloat16"))
+    threads: int = option(0, "CPU threads, 0 for torch's own choice")
+    # rollout
+    tasks: int = option(16, "tasks a step")
+    group_size: int = option(8, "episodes of each task")
+    temperature: float = option(1.0, "sampling temperature in training; log-probs use it too")
+    max_prompt_tokens: int = option(4096, "limit of a student prompt; a teacher prompt may be longer by its skills")
+    max_response_tokens: int = option(512, "limit of a response")
+    rollout_batch: int = option(128, "responses generated side by side")
+    # algorithm
+    method: str = option("sdar", "row of METHODS", choices=("sdar", "grpo"))
+    preset: str = option("none", "official: as the released code does it (README, Deviations)", choices=("none", "official"))
+    clip: float = option(0.2, "e of eq. (2)")
+    dual_clip: float = option(3.0, "bound on the loss of negative advantages, eq. (2)")
+    kl_coef: float = option(0.01, "c_kl of eq. (5); 0 needs no reference model")
+    entropy_coef: float = option(0.0, "c_ent of eq. (5)")
+    invalid_penalty: float = option(0.1, "c_inv of eq. (1)")
+    advantage_stats: str = option("episode", "group statistics over episodes, or over turns with the penalty inside",
+                                  choices=("episode", "turn"))
+    check_admissible: bool = option(True, "an action that the page does not offer makes the turn invalid")
+    updates: int = option(1, "optimiser steps a batch")
+    sdar_coef: float = option(0.01, "lambda of eq. (5)")
+    gate_beta: float = option(5.0, "beta of eq. (4)")
+    gate: str = option("gap", "gate of eq. (4)", choices=("gap", "entropy", "soft_or", "none"))
+    surrogate: str = option("mle", "weight of -logp in eq. (5)", choices=tuple(SURROGATES))
+    teacher: str = option("live", "weights of the teacher: current, before the step's first update, or the initial ones",
+                          choices=("live", "rollout", "ref", "none"))
+    teacher_prompt: str = option("message", "skills inside the user message, or as raw text before the chat template "
+                                 "and cut from the left", choices=("message", "raw"))
+    retrieval: str = option("type", "skills a teacher sees: general and those of the task's type, all, or none",
+                            choices=("type", "full", "none"))
+    skills: str | None = option(None, "folder with general.md and a file per task type; default: data/skills/<env>")
+    # optimisation
+    steps: int = option(150, "training steps")
+    lr: float = option(1e-6, "learning rate")
+    warmup: int = option(0, "steps of linear warm-up")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
+    max_grad_norm: float = option(1.0, "gradient norm clip")
+    micro_tokens: int = option(16384, "padded tokens of a micro-batch")
+    seed: int = option(0, "seed of sampling and task order")
+    # warm start
+    sft_steps: int = option(0, "steps of cloning the environment's expert before the first training step")
+    sft_lr: float = option(1e-5, "learning rate of the warm start, cosine to a tenth")
+    sft_tokens: int = option(32768, "padded tokens of a warm-start step")
+    sft_prompt_coef: float = option(0.0, "weight of the prompt's own tokens in the warm start: from them a new model learns to copy")
+    sft_careless: float = option(0.0, "share of demonstrations by a careless shopper, shown without skills; in the others the "
+                                 "prompt holds the skills. 0: all by the expert, without skills")
+    # evaluation and run folder
+    eval_every: int = option(10, "steps between evaluations on the fixed panel, 0 for none")
+    eval_tasks: int = option(128, "tasks of the panel")
+    eval_temperature: float = option(0.4, "temperature of the sampled evaluation; a greedy one stands beside it")
+    out: str = option("runs/{env}-{method}-{seed}", "run folder")
+    save_every: int = option(10, "steps between checkpoints")
+    episodes_every: int = option(10, "steps between dumps of whole episodes")
+    report_to: str = option("none", "send metrics on", choices=("none", "wandb", "tensorboard"))
+
+
+METHODS = {"sdar": {}, "grpo": {"sdar_coef": 0.0, "teacher": "none", "retrieval": "none"}}
+
+PRESETS = {"none": {}, "official": {
+    "advantage_stats": "turn", "teacher": "rollout", "teacher_prompt": "raw", "entropy_coef": 0.001, "check_admissible": False}}
+
+# What a model of a million parameters needs instead of the paper's values, which are for billions.
+TINY_DEFAULTS = {
+    "tasks": 8, "steps": 40, "lr": 3e-4, "warmup": 3, "kl_coef": 0.0, "max_prompt_tokens": 512, "max_response_tokens": 32,
+    "history_observations": False, "sft_lr": 2e-3, "sft_tokens": 8192}
+
+
+class UserError(Exception):
+    """Bad input: printed as one sentence, without a traceback."""
+
+
+def make_config(explicit):
+    """Defaults < embedded model < preset < method < what the user said. Raises UserError where the result makes no sense."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    chosen = {name: explicit.get(name, fields[name].default) for name in ("model", "preset", "method")}
+    for name, value in chosen.items():
+        check_choice(fields[name], value)
+    values = dict(TINY_DEFAULTS) if chosen["model"] in ("tiny", "new") else {}
+    if chosen["method"] == "grpo" and chosen["preset"] == "official":
+        values |= {"advantage_stats": "turn", "entropy_coef": 0.001, "check_admissible": False}
+    else:
+        values |= PRESETS[chosen["preset"]]
+    values |= METHODS[chosen["method"]]
+    cfg = Config(**(values | explicit))
+    cfg.out = cfg.out.format(env=cfg.env, method=cfg.method, seed=cfg.seed)
+    validate(cfg, explicit, fields)
+    return cfg
+
+
+def check_choice(field, value):
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"--{field.name} {value!r} is unknown; choose from {', '.join(choices)}.")
+
+
+def validate(cfg, explicit, fields):
+    for field in fields.values():
+        check_choice(field, getattr(cfg, field.name))
+    at_least = {"max_turns": 1, "history": 0, "threads": 0, "tasks": 1, "group_size": 2, "max_prompt_tokens": 1,
+                "max_response_tokens": 1, "rollout_batch": 1, "kl_coef": 0, "entropy_coef": 0, "invalid_penalty": 0,
+                "sdar_coef": 0, "gate_beta": 0, "updates": 1, "steps": 0, "lr": 0, "warmup": 0, "weight_decay": 0,
+                "micro_tokens": 1, "sft_steps": 0, "sft_lr": 0, "sft_tokens": 1, "sft_prompt_coef": 0, "sft_careless": 0, "eval_every": 0,
+                "eval_tasks": 1, "eval_temperature": 0, "save_every": 1, "episodes_every": 1, "dual_clip": 1}
+    for name, low in at_least.items():
+        value = getattr(cfg, name)
+        if not (math.isfinite(value) and value >= low):
+            why = "; a group of one has no one to be compared with" if name == "group_size" else ""
+            raise UserError(f"--{name} is {value}, but must be at least {low}{why}.")
+    for name in ("temperature", "clip", "max_grad_norm"):
+        if not getattr(cfg, name) > 0:
+            raise UserError(f"--{name} is {getattr(cfg, name)}, but must be greater than 0.")
+    if cfg.sft_careless > 1:
+        raise UserError(f"--sft_careless is {cfg.sft_careless}, but is a share between 0 and 1.")
+    if cfg.model == "new" and not cfg.sft_steps:
+        raise UserError("--model new starts from random weights: add --sft_steps N to teach it the expert's play first.")
+    idle = {name: "there is no teacher (--method grpo or --teacher none)" for name in
+            ("sdar_coef", "gate_beta", "gate", "surrogate", "retrieval", "teacher_prompt")} if cfg.teacher == "none" else {}
+    if cfg.teacher != "none" and cfg.gate == "none":
+        idle["gate_beta"] = "--gate none has no beta"
+    if not cfg.sft_steps:
+        idle |= {name: "--sft_steps is 0" for name in ("sft_lr", "sft_tokens", "sft_prompt_coef", "sft_careless")}
+    if not cfg.eval_every:
+        idle |= {name: "--eval_every is 0" for name in ("eval_tasks", "eval_temperature")}
+    if cfg.retrieval == "none" and not cfg.sft_careless:
+        idle["skills"] = "--retrieval none shows no skills"
+    for name in explicit:
+        if name in idle:
+            raise UserError(f"--{name} would do nothing here, since {idle[name]}: leave it out.")
+
+
+def parse_args(argv):
+    """Command line -> (explicitly given settings, run folder to resume or None)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, from its last checkpoint")
+    for field in dataclasses.fields(Config):
+        kind = type(field.default) if field.default is not None else str
+        text = f"{field.metadata['help']} (default {field.default}"
+        text += f"; tiny {TINY_DEFAULTS[field.name]})" if field.name in TINY_DEFAULTS else ")"
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        if field.metadata["choices"]:
+            how["metavar"] = "|".join(field.metadata["choices"])
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
+    explicit = vars(parser.parse_args(argv))
+    return explicit, explicit.pop("resume")
+
+
+# --------------------------------------------------------------------------------------------------- prompts and skills
+
+class Context(NamedTuple):
+    """What a turn's prompt is made of; the teacher's is made of the same and the skills."""
+
+    task: str
+    task_type: str
+    history: tuple  # of (observation, action), oldest first
+    observation: str
+    admissible: tuple
+
+
+def load_skills(cfg, task_types):
+    """Folder of Markdown -> {task type: text}, by cfg.retrieval. Raises UserError if a file is missing."""
+    if cfg.retrieval == "none":
+        return {kind: "" for kind in task_types}
+    folder = Path(cfg.skills or HERE / "data" / "skills" / cfg.env)
+
+    def read(name):
+        path = folder / f"{name}.md"
+        if not path.is_file():
+            raise UserError(f"The skills folder {folder} has no {path.name}: it needs general.md and a file for each of "
+                            f"{', '.join(task_types)}.")
+        return path.read_text(encoding="utf-8").strip()
+
+    general, by_type = read("general"), {kind: read(kind) for kind in task_types}
+    if cfg.retrieval == "full":
+        return dict.fromkeys(task_types, "\n".join([general, *by_type.values()]))
+    return {kind: f"{general}\n{text}" for kind, text in by_type.items()}
+
+
+class Chat:
+    """Messages -> ids: the template's own text with control tokens, the message as plain text without any.
+
+    So a page that contains "<|im_end|>" stays text. Works for every template that puts the user's message in one place.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        mark = "\ue000"  # private use: in no template
+        text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], add_generation_prompt=True,
+                                             tokenize=False, enable_thinking=False)
+        if text.count(mark) != 1:
+            raise UserError(f"The chat template of {tokenizer.name_or_path} shows a user's message {text.count(mark)} times "
+                            "instead of once: such templates are not supported.")
+        before, after = text.split(mark)
+        self.before, self.after = self.encode(before, control=True), self.encode(after, control=True)
+
+    def encode(self, text, control=False):
+        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"])
+
+    def prompt(self, text):
+        return self.before + self.encode(text) + self.after
+
+
+def render(cfg, context, skills=""):
+    return envs.PROMPTS[cfg.env](context.task, context.history, context.observation, context.admissible, skills)
+
+
+def fit_prompt(chat, cfg, context, skills=""):
+    """Context -> (the context that fits, its prompt ids): drops history first, then the middle of the observation.
+
+    Skills, when the student sees any, come on top of cfg.max_prompt_tokens. Raises UserError if the task alone is too long.
+    """
+    limit = cfg.max_prompt_tokens + len(chat.encode(skills))
+    while True:
+        ids = chat.prompt(render(cfg, context, skills))
+        excess = len(ids) - limit
+        if excess <= 0:
+            return context, ids
+        if context.history:
+            context = context._replace(history=context.history[1:])
+            continue
+        words = context.observation.split(" ")
+        if len(words) < 3:
+            raise UserError(f"--max_prompt_tokens {cfg.max_prompt_tokens} is too small: the task and the instructions alone "
+                            f"need {len(ids)} tokens. Raise it.")
+        cut = min(max(excess // 4, 1), len(words) - 2)  # a word has seldom more than four tokens, so never cuts much too much
+        middle = (len(words) - cut) // 2
+        kept = [w for w in words[:middle] + words[middle + cut:] if w != "..."]
+        shown = kept[:middle] + ["..."] + kept[middle:] if len(kept) > 2 else kept
+        context = context._replace(observation=" ".join(shown))
+
+
+def teacher_ids(chat, cfg, turn, skills):
+    """The teacher's prompt of a turn: the same context and the skills, which are never cut."""
+    if cfg.teacher_prompt == "message":
+        return chat.prompt(render(cfg, turn.context, skills))
+    raw = chat.encode(f"[Privileged Skill Information]\n{skills}\n\n") + turn.prompt_ids
+    return raw[-cfg.max_prompt_tokens:]  # the released code's left cut: the skills go first
+
+
+# ---------------------------------------------------------------------------------------------------------------- policy
+
+@dataclass
+class Policy:
+    model: torch.nn.Module
+    chat: Chat
+    stop_ids: frozenset
+    device: torch.device
+    autocast: bool
+    ref: torch.nn.Module | None = None  # the initial weights, frozen
+
+
+def load_policy(cfg):
+    """Model, tokenizer and device -> Policy. Raises UserError if the model cannot be found or its head is no plain matrix."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    if cfg.model == "new":
+        model, tokenizer = new_model(cfg)
+    else:
+        path = str(TINY) if cfg.model == "tiny" else cfg.model
+        looks_local = Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1
+        if looks_local and not (Path(path) / "config.json").is_file():
+            raise UserError(f"There is no model in {path!r} (no config.json): give tiny, a folder written by save_pretrained, "
+                            "or a name such as Qwen/Qwen2.5-1.5B-Instruct.")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+        except (OSError, ValueError) as error:
+            raise UserError(f"Could not load the model {path!r}: {first_sentence(error)}") from error
+    if tokenizer.chat_template is None:
+        raise UserError(f"The tokenizer of {cfg.model!r} has no chat template: use an instruct model, or put a "
+                        "chat_template.jinja into its folder.")
+    stop = model.generation_config.eos_token_id if model.generation_config else None
+    stop = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
+    autocast = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
+    policy = Policy(model.to(device).eval(), Chat(tokenizer), frozenset(stop), device, autocast)
+    check_model(policy, cfg)
+    if cfg.kl_coef or cfg.teacher == "ref":
+        policy.ref = copy.deepcopy(policy.model).requires_grad_(False)
+    return policy
+
+
+def first_sentence(error):
+    return str(error).strip().split("\n")[0].rstrip(".") + "."
+
+
+def compute(policy):
+    """bf16 matrix products over fp32 weights where the device is good at them."""
+    return torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.autocast)
+
+
+def check_model(policy, cfg):
+    """Compares packed, fused log-probs with the model's own logits on a short text.
+
+    A head that is more than a matrix (bias, soft-cap, scaling), or attention that does not follow the packing mask, would
+    train on wrong log-probs without any other sign. Raises UserError.
+    """
+    window = getattr(policy.model.config, "sliding_window", None)
+    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
+    if getattr(policy.model.config, "use_sliding_window", True) and window and window < longest:
+        raise UserError(f"{cfg.model} attends to {window} tokens only, fewer than --max_prompt_tokens + --max_response_tokens "
+                        f"= {longest}: lower them.")
+    prompt = policy.chat.prompt("Find a red lamp.")
+    answers = [policy.chat.encode(text) for text in ("<action>search[red lamp]</action>", "I have no idea")]
+    with torch.no_grad():
+        batch = pack([prompt], [[tuple(a) for a in answers]], policy.device)
+        fused, _ = kernels.fused_logprob(*head_inputs(policy, policy.model, batch), batch.targets)
+        own = []
+        for answer in answers:
+            ids = torch.tensor([prompt + answer], device=policy.device)
+            with compute(policy):
+                logits = policy.model(ids).logits[0, len(prompt) - 1:-1].float()  # [T, V]
+            own.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0])
+    worst = (fused - torch.cat(own)).abs().max().item()
+    limit = 0.2 if policy.autocast else 1e-3
+    if not worst < limit:
+        raise UserError(f"{cfg.model}: fused log-probs differ from the model's own by {worst:.2g} (limit {limit}): its head is "
+                        "more than a matrix (bias, soft-cap, scaling) or its attention ignores the packing mask. Not supported.")
+    return worst
+
+
+# Rows that share a prompt are packed into one sequence [prompt, response 1, response 2, ...]: the mask lets a response see
+# the prompt and itself, the positions start anew after the prompt. Groups share their first prompt, and often later ones.
+
+class Pack(NamedTuple):
+    ids: torch.Tensor  # [B, L]
+    positions: torch.Tensor  # [B, L]
+    mask: torch.Tensor | None  # [B, 1, L, L], True = may attend; None: plain causal
+    predictors: torch.Tensor  # [N] flat index into B*L of the position that predicts each response token
+    targets: torch.Tensor  # [N] response ids, bundle by bundle, row by row
+
+
+def pack(prompts, responses, device):
+    """prompts: one id tuple a bundle; responses: a list of id tuples a bundle -> Pack of len(prompts) sequences."""
+    length = max(len(p) + sum(map(len, rs)) for p, rs in zip(prompts, responses))
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    positions, branch = torch.zeros_like(ids), torch.full_like(ids, -1)
+    predictors, targets = [], []
+    for b, (prompt, rows) in enumerate(zip(prompts, responses)):
+        flat, where, owner = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+        for number, response in enumerate(rows, start=1):
+            start = b * length + len(flat)
+            predictors += [b * length + len(prompt) - 1, *range(start, start + len(response) - 1)]
+            targets += response
+            flat += response
+            where += range(len(prompt), len(prompt) + len(response))
+            owner += [number] * len(response)
+        n = len(flat)
+        ids[b, :n], positions[b, :n], branch[b, :n] = torch.tensor(flat), torch.tensor(where), torch.tensor(owner)
+    mask = None
+    if any(len(rows) > 1 for rows in responses):  # else causal order alone hides the padding, which comes last
+        q, k = branch[:, :, None], branch[:, None, :]
+        see = torch.ones(length, length, dtype=torch.bool).tril() & ((k == 0) | (k == q))
+        mask = (see | torch.eye(length, dtype=torch.bool))[:, None].to(device)  # padding sees itself: no empty softmax
+    return Pack(ids.to(device), positions.to(device), mask, torch.tensor(predictors, device=device),
+                torch.tensor(targets, device=device))
+
+
+def head_inputs(policy, model, batch):
+    """Pack -> (hidden states that predict the response tokens [N, D], the head's weight [V, D])."""
+    with compute(policy):
+        hidden = model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False,
+                                  position_ids=None if batch.mask is None else batch.positions).last_hidden_state
+    hidden = hidden.flatten(0, 1)[batch.predictors]
+    return hidden, model.get_output_embeddings().weight.to(hidden.dtype)
+
+
+class Response(NamedTuple):
+    ids: tuple
+    logp: tuple  # of the sampled tokens, at the sampling temperature
+    stop: str  # "end" or "length"
+
+
+@torch.no_grad()
+def sample(policy, prompts, cfg, temperature, generator):
+    """prompts: id tuples -> a Response each. temperature 0 is greedy. Equal prompts share one prefill."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))  # little padding, equal ones adjacent
+    responses = [None] * len(prompts)
+    for start in range(0, len(order), cfg.rollout_batch):
+        rows = order[start:start + cfg.rollout_batch]
+        for row, response in zip(rows, sample_batch(policy, [prompts[i] for i in rows], cfg, temperature, generator)):
+            responses[row] = response
+    return responses
+
+
+def sample_batch(policy, prompts, cfg, temperature, generator):
+    model, device = policy.model, policy.device
+    unique = sorted(set(prompts), key=prompts.index)
+    longest = max(map(len, unique))
+    ids = torch.tensor([(0,) * (longest - len(p)) + p for p in unique], device=device)  # [U, P], padded on the left
+    real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique], device=device)
+    with compute(policy):
+        out = model(input_ids=ids, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp(min=0), use_cache=True,
+                    logits_to_keep=1)
+    which = torch.tensor([unique.index(p) for p in prompts], device=device)
+    cache, logits, real = out.past_key_values, out.logits[which, -1].float(), real[which]
+    cache.batch_select_indices(which)
+    position = real.sum(1, keepdim=True)
+    stop_ids = torch.tensor(sorted(policy.stop_ids), device=device)
+    alive = torch.arange(len(prompts), device=device)  # row number of each line of the cache
+    tokens, logps = [[] for _ in prompts], [[] for _ in prompts]
+    stops = ["length"] * len(prompts)
+    for _ in range(cfg.max_response_tokens):
+        logprobs = (logits / (temperature or 1.0)).log_softmax(-1)  # [B, V]
+        if temperature == 0:
+            token = logprobs.argmax(-1, keepdim=True)
+        else:
+            token = torch.multinomial(logprobs.exp().cpu(), 1, generator=generator).to(device)  # [B, 1]
+        chosen = logprobs.gather(1, token)[:, 0]
+        ended = torch.isin(token[:, 0], stop_ids)
+        for row, t, lp, end in zip(alive.tolist(), token[:, 0].tolist(), chosen.tolist(), ended.tolist()):
+            tokens[row].append(t)
+            logps[row].append(lp)
+            if end:
+                stops[row] = "end"
+        keep = torch.nonzero(~ended)[:, 0]
+        if len(keep) == 0:
+            break
+        if len(keep) < len(alive):  # finished responses stop generating
+            cache.batch_select_indices(keep)
+            alive, real, token, position = alive[keep], real[keep], token[keep], position[keep]
+        real = torch.cat([real, real.new_ones(len(real), 1)], 1)
+        with compute(policy):
+            out = model(input_ids=token, attention_mask=real, position_ids=position, past_key_values=cache, use_cache=True)
+        logits, cache, position = out.logits[:, -1].float(), out.past_key_values, position + 1
+    return [Response(tuple(t), tuple(lp), s) for t, lp, s in zip(tokens, logps, stops)]
+
+
+# --------------------------------------------------------------------------------------------------------------- rollout
+
+class Task(NamedTuple):
+    split: str
+    task_id: int
+    group: int
+
+
+@dataclass
+class Turn:
+    context: Context
+    prompt_ids: tuple
+    response: Response
+    text: str
+    action: str
+    valid: bool
+
+
+@dataclass
+class Episode:
+    task: Task
+    task_type: str
+    turns: list
+    won: bool = False
+    score: float = 0.0
+    done: bool = False  # False: out of turns
+
+
+def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, seed=0, progress=None):
+    """Plays tasks[i] in environments[i], all side by side -> list of Episode, in the order of tasks.
+
+    temperature: None for cfg.temperature, 0 for greedy. skills: None, or {task type: text} that the student is shown too.
+    Finished episodes stop generating. Raises UserError naming task and action if an environment raises.
+    """
+    temperature = cfg.temperature if temperature is None else temperature
+    generator = torch.Generator().manual_seed(seed)
+    episodes, pages, past = [], [], [[] for _ in tasks]
+    for task, env in zip(tasks, environments):
+        observation, info = guard(task, "reset", env.reset, options={"split": task.split, "task_id": task.task_id})
+        episodes.append(Episode(task, info["task_type"], []))
+        pages.append((observation, info))
+    active = list(range(len(tasks)))
+    for _ in range(cfg.max_turns):
+        fitted = []
+        for i in active:
+            observation, info = pages[i]
+            window = past[i][len(past[i]) - min(cfg.history, len(past[i])):]
+            shown = tuple((o if cfg.history_observations else "", a) for o, a in window)
+            context = Context(info["task"], info["task_type"], shown, observation, tuple(info["admissible"] or ()))
+            fitted.append(fit_prompt(policy.chat, cfg, context, skills[info["task_type"]] if skills else ""))
+        responses = sample(policy, [ids for _, ids in fitted], cfg, temperature, generator)
+        still = []
+        for i, (context, ids), response in zip(active, fitted, responses):
+            spoken = response.ids[:-1] if response.stop == "end" else response.ids
+            text = policy.chat.tokenizer.decode(spoken)
+            action, valid = envs.parse_action(cfg.env, text)
+            observation, reward, terminated, truncated, info = guard(
+                tasks[i], f"action {action!r} in turn {len(past[i]) + 1}", environments[i].step, action)
+            valid = valid and (info["valid"] or not cfg.check_admissible)
+            episodes[i].turns.append(Turn(context, ids, response, text, action, valid))
+            past[i].append((pages[i][0], action))
+            pages[i] = observation, info
+            episodes[i].won, episodes[i].score, episodes[i].done = info["won"], info["score"], terminated
+            if not (terminated or truncated):
+                still.append(i)
+        if progress:
+            progress.update(len(active) - len(still))
+        active = still
+        if not active:
+            break
+    return episodes
+
+
+def make_env(cfg):
+    try:
+        return envs.make(cfg.env, data=cfg.data)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def guard(task, doing, call, *args, **kwargs):
+    """Names the task in whatever an environment raises, so that the run can stop with a sentence."""
+    try:
+        return call(*args, **kwargs)
+    except Exception as error:
+        raise UserError(f"The environment failed on task {task.task_id} of split {task.split!r} ({doing}): "
+                        f"{type(error).__name__}: {first_sentence(error)}") from error
+
+
+def episode_return(cfg, episode):
+    return 10.0 * (episode.score if cfg.reward == "score" else float(episode.won))
+
+
+# ---------------------------------------------------------------------------------------------- rows and micro-batches
+
+@dataclass
+class Row:
+    """One turn, as the losses see it. The three lists of numbers have one entry per response token."""
+
+    prompt_ids: tuple
+    teacher_ids: tuple  # () without a teacher
+    response_ids: tuple
+    advantage: float | list  # one number, or one per response token
+    old_logp: list | None = None
+    ref_logp: list | None = None
+    teacher_logp: list | None = None
+    gap: list | None = None  # filled in by train_step, for the dump
+    gate: list | None = None
+
+
+def make_rows(policy, cfg, episodes, skills):
+    """Episodes -> (rows, metrics): eq. (1), the penalty for invalid turns, and the teacher's prompts."""
+    returns = torch.tensor([episode_return(cfg, e) for e in episodes], dtype=torch.float64)
+    groups = torch.tensor([e.task.group for e in episodes])
+    turns = [(i, turn) for i, e in enumerate(episodes) for turn in e.turns]
+    owner = torch.tensor([i for i, _ in turns])
+    penalty = torch.tensor([0.0 if turn.valid else cfg.invalid_penalty for _, turn in turns], dtype=torch.float64)
+    if cfg.advantage_stats == "turn":  # the released code: statistics over turns, penalty inside
+        advantages = group_advantages(returns[owner] - penalty, groups[owner])
+    else:
+        advantages = group_advantages(returns, groups)[owner] - penalty  # eq. (1)
+    prompts = {}  # equal turns have equal teacher prompts: each is made once
+    rows = []
+    for (i, turn), advantage in zip(turns, advantages.tolist()):
+        teacher = ()
+        if cfg.teacher != "none":
+            key = turn.prompt_ids, episodes[i].task_type
+            if key not in prompts:
+                prompts[key] = teacher_ids(policy.chat, cfg, turn, skills[episodes[i].task_type])
+            teacher = prompts[key]
+        rows.append(Row(turn.prompt_ids, teacher, turn.response.ids, advantage))
+    flat = [int((returns[groups == g] == returns[groups == g][0]).all()) for g in groups.unique()]
+    return rows, {"grpo/zero_variance_groups": sum(flat) / len(flat)}
+
+
+def micro_batches(rows, micro_tokens):
+    """Rows -> lists of bundles, a bundle being the rows with one (prompt, teacher prompt); sorted by length, so that a
+    micro-batch has little padding, and each at most micro_tokens padded tokens unless a single bundle is longer."""
+    shared = defaultdict(list)
+    for row in rows:
+        shared[row.prompt_ids, row.teacher_ids].append(row)
+    bundles = []
+    for members in shared.values():
+        room, bundle = 0, []
+        for row in members:  # attention to siblings is masked, so wasted: beyond four prompts' length it outweighs the sharing
+            if bundle and room + len(row.response_ids) > 4 * len(row.prompt_ids):
+                bundles.append(bundle)
+                room, bundle = 0, []
+            bundle.append(row)
+            room += len(row.response_ids)
+        bundles.append(bundle)
+
+    def width(bundle):
+        return max(len(bundle[0].prompt_ids), len(bundle[0].teacher_ids)) + sum(len(row.response_ids) for row in bundle)
+
+    batch = []
+    for bundle in sorted(bundles, key=width):
+        if batch and (len(batch) + 1) * width(bundle) > micro_tokens:
+            yield batch
+            batch = []
+        batch.append(bundle)
+    if batch:
+        yield batch
+
+
+def pack_bundles(policy, bundles, teacher=False):
+    prompts = [bundle[0].teacher_ids if teacher else bundle[0].prompt_ids for bundle in bundles]
+    batch = pack(prompts, [[row.response_ids for row in bundle] for bundle in bundles], policy.device)
+    return batch
+
+
+def column(rows, name, device):
+    """One number per response token [N] from the rows' lists, or from a scalar of the row."""
+    values = (getattr(row, name) for row in rows)
+    flat = [x for row, v in zip(rows, values) for x in (v if isinstance(v, list) else [v] * len(row.response_ids))]
+    return torch.tensor(flat, dtype=torch.float32, device=device)
+
+
+def split_tokens(rows, values):
+    return [part.tolist() for part in values.detach().float().cpu().split([len(row.response_ids) for row in rows])]
+
+
+@torch.no_grad()
+def score(policy, model, rows, cfg, name, teacher=False):
+    """Fills the rows' list `name` with log-probs of their responses under model; teacher: after the teacher's prompt."""
+    for bundles in micro_batches(rows, cfg.micro_tokens):
+        batch = pack_bundles(policy, bundles, teacher)
+        logp, _ = kernels.fused_logprob(*head_inputs(policy, model, batch), batch.targets, temperature=cfg.temperature)
+        members = list(itertools.chain(*bundles))
+        for row, values in zip(members, split_tokens(members, logp)):
+            setattr(row, name, values)
+
+
+# ------------------------------------------------------------------------------------------------------------ train step
+
+def step_loss(policy, cfg, bundles, num_tokens):
+    """Eq. (5) of one micro-batch -> (loss, metrics as shares of num_tokens). Fills in the rows' gap and gate."""
+    rows = list(itertools.chain(*bundles))
+    batch = pack_bundles(policy, bundles)
+    hidden, weight = head_inputs(policy, policy.model, batch)
+    if cfg.teacher == "live":
+        with torch.no_grad():
+            teacher, _ = head_inputs(policy, policy.model, pack_bundles(policy, bundles, teacher=True))
+        out = kernels.fused_gap_gate(hidden, teacher, weight, batch.targets, beta=cfg.gate_beta, gate=cfg.gate,
+                                     temperature=cfg.temperature)
+        logp, entropy, teacher_logp, gate = out.logp, out.entropy, out.teacher_logp, out.gate
+    else:
+        logp, entropy = kernels.fused_logprob(hidden, weight, batch.targets, temperature=cfg.temperature)
+        if cfg.teacher != "none":
+            teacher_logp = column(rows, "teacher_logp", logp.device)
+            gate = kernels.gate_values(cfg.gate, teacher_logp - logp.detach(), entropy.detach(), cfg.gate_beta)
+    mask = torch.ones_like(logp)
+    old_logp = logp.detach() if rows[0].old_logp is None else column(rows, "old_logp", logp.device)
+    advantages = column(rows, "advantage", logp.device)
+    loss, metrics = policy_loss(logp, old_logp, advantages, mask, num_tokens=num_tokens, clip=cfg.clip,
+                                dual_clip=cfg.dual_clip)
+    metrics |= {"grpo/loss": loss.detach(), "grpo/entropy": entropy.detach().sum() / num_tokens}
+    if cfg.kl_coef:
+        kl = kl_loss(logp, column(rows, "ref_logp", logp.device), mask, num_tokens=num_tokens)
+        loss, metrics["kl/loss"] = loss + cfg.kl_coef * kl, kl.detach()
+    if cfg.entropy_coef:
+        loss = loss - cfg.entropy_coef * entropy.sum() / num_tokens
+    if cfg.teacher != "none":
+        distill, more = sdar_loss(logp, teacher_logp, mask, beta=cfg.gate_beta, num_tokens=num_tokens,
+                                  surrogate=cfg.surrogate, gate=gate)
+        loss = loss + cfg.sdar_coef * distill  # eq. (5)
+        metrics |= more | {"sdar/loss": distill.detach()}
+        for row, gap, g in zip(rows, split_tokens(rows, teacher_logp - logp), split_tokens(rows, gate)):
+            row.gap, row.gate = gap, g
+    return loss, metrics
+
+
+def train_step(policy, optimizer, rows, cfg, step):
+    """All rows of a batch -> cfg.updates optimiser steps -> metrics. The denominators are those of the whole optimiser step."""
+    if cfg.updates > 1:
+        score(policy, policy.model, rows, cfg, "old_logp")
+    if cfg.kl_coef:
+        score(policy, policy.ref, rows, cfg, "ref_logp")
+    if cfg.teacher in ("rollout", "ref"):
+        score(policy, policy.ref if cfg.teacher == "ref" else policy.model, rows, cfg, "teacher_logp", teacher=True)
+    if cfg.updates > 1:
+        rows = random.Random(f"{cfg.seed} {step}").sample(rows, len(rows))
+    total = defaultdict(float)
+    size = math.ceil(len(rows) / cfg.updates)
+    parts = [rows[i:i + size] for i in range(0, len(rows), size)]
+    for part in parts:
+        num_tokens = sum(len(row.response_ids) for row in part)
+        optimizer.zero_grad(set_to_none=True)
+        for bundles in micro_batches(part, cfg.micro_tokens):
+            loss, metrics = step_loss(policy, cfg, bundles, num_tokens)
+            loss.backward()
+            for name, value in metrics.items():
+                total[name] += float(value) / len(parts)
+        total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1)),
+                                                  cfg) / len(parts)
+    total["grpo/padded_tokens"] = sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
+    return dict(total)
+
+
+def optimizer_step(model, optimizer, lr, cfg):
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
+    if not math.isfinite(norm):
+        raise UserError(f"The gradient norm is {norm}: lower --lr, or use --dtype float32. No weight was changed by this step.")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return norm
+
+
+def make_optimizer(model, lr, cfg):
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=cfg.weight_decay)
+
+
+# ------------------------------------------------------------------------------------- warm start on the expert's play
+
+def demonstrations(chat, cfg, env, skills, rng, noise=0.1):
+    """One episode of env's expert (or, for the share cfg.sft_careless, of its careless shopper) -> a Row per turn.
+
+    Careful play stands behind a prompt with the skills when there is careless play to tell it from. Every tenth move is a
+    random one that is not cloned: it leads to the pages from which one must find back.
+    """
+    careless = rng.random() < cfg.sft_careless
+    observation, info = env.reset(options={"split": "train", "task_id": rng.randrange(env.num_tasks("train"))})
+    text = skills[info["task_type"]] if cfg.sft_careless and not careless else ""
+    rows, past = [], []
+    for _ in range(cfg.max_turns):
+        window = past[len(past) - min(cfg.history, len(past)):]
+        shown = tuple((o if cfg.history_observations else "", a) for o, a in window)
+        context = Context(info["task"], info["task_type"], shown, observation, tuple(info["admissible"] or ()))
+        thought, action = env.demonstrate(rng, careless)
+        if rng.random() < noise:
+            action = rng.choice([a for a in info["admissible"] if "<" not in a and a != "click[buy now]"] or [action])
+        else:
+            _, ids = fit_prompt(chat, cfg, context, text)
+            answer = chat.encode(f"<think>{thought}</think><action>{action}</action>")
+            rows.append(Row(ids, (), answer + (chat.tokenizer.eos_token_id,), 1.0))
+        past.append((observation, action))
+        observation, _, terminated, truncated, info = env.step(action)
+        if terminated or truncated:
+            break
+    return rows
+
+
+def warm_start_step(policy, optimizer, cfg, env, skills, step):
+    """Clones about cfg.sft_tokens tokens of demonstrations, by likelihood -> metrics."""
+    rng = random.Random(f"{cfg.seed} demonstrations {step}")
+    rows, size = [], 0
+    while size < cfg.sft_tokens:
+        episode = demonstrations(policy.chat, cfg, env, skills, rng)
+        rows += episode
+        size += sum(len(row.prompt_ids) + len(row.response_ids) for row in episode)
+    num_tokens = sum(len(row.response_ids) for row in rows)
+    if cfg.sft_prompt_coef:  # the prompt becomes part of what is learned, with a weight of its own
+        rows = [Row(row.prompt_ids[:1], (), row.prompt_ids[1:] + row.response_ids,
+                    [cfg.sft_prompt_coef] * (len(row.prompt_ids) - 1) + [1.0] * len(row.response_ids)) for row in rows]
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for bundles in micro_batches(rows, cfg.micro_tokens):
+        batch = pack_bundles(policy, bundles)
+        logp, _ = kernels.fused_logprob(*head_inputs(policy, policy.model, batch), batch.targets)
+        weight = column(list(itertools.chain(*bundles)), "advantage", logp.device)
+        (-(weight * logp).sum() / num_tokens).backward()
+        total -= logp.detach()[weight == 1].sum().item() / num_tokens
+    progress = step / cfg.sft_steps
+    lr = cfg.sft_lr * min(1, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * progress))
+    norm = optimizer_step(policy.model, optimizer, lr, cfg)
+    return {"sft/loss": total, "sft/grad_norm": norm, "sft/tokens": size}
+
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def new_model(cfg, vocabulary=1536, episodes=400):
+    """An untrained Qwen2 of about a million parameters and a BPE tokenizer made from demonstrations."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    env = make_env(cfg)
+    texts, rng = [text for kind in env.task_types for text in [load_skills(cfg, env.task_types)[kind]] * 5], random.Random(0)
+    for _ in range(episodes):
+        observation, info = env.reset(options={"split": "train", "task_id": rng.randrange(env.num_tasks("train"))})
+        for _ in range(cfg.max_turns):
+            context = Context(info["task"], info["task_type"], (), observation, tuple(info["admissible"] or ()))
+            thought, action = env.demonstrate(rng, careless=rng.random() < 0.5)
+            texts += [render(cfg, context), thought, action]
+            observation, _, terminated, truncated, info = env.step(action)
+            if terminated or truncated:
+                break
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary - 4, special_tokens=control,
+                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>", "<action>", "</action>")])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                      chat_template=CHATML, clean_up_tokenization_spaces=False)
+    size = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(wrapped), max_position_embeddings=4096, tie_word_embeddings=True, use_sliding_window=False,
+        eos_token_id=wrapped.eos_token_id, pad_token_id=wrapped.pad_token_id, bos_token_id=None, **size))
+    return model, wrapped
+
+
+# ----------------------------------------------------------------------------------------------- run folder, checkpoints
+
+def save_checkpoint(run, policy, optimizer, phase, step, keep=2):
+    """Writes <run>/checkpoint-<step> (checkpoint-sft-<step> in the warm start) aside and renames it: never half a one.
+
+    Only the newest `keep` stay, and checkpoint-0, the reference model.
+    """
+    name = f"checkpoint-{step}" if phase == "rl" else f"checkpoint-sft-{step}"
+    aside, final = run / f".{name}.tmp", run / name
+    shutil.rmtree(aside, ignore_errors=True)
+    policy.model.save_pretrained(aside)
+    policy.chat.tokenizer.save_pretrained(aside)
+    torch.save({"optimizer": optimizer.state_dict(), "phase": phase, "step": step}, aside / "state.pt")
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    for old in checkpoints(run)[:-keep]:
+        if old.name != "checkpoint-0":
+            shutil.rmtree(old)
+    return final
+
+
+def checkpoints(run):
+    """Checkpoint folders of a run, oldest first: those of the warm start come before the others."""
+    found = [path for path in run.glob("checkpoint-*") if (path / "state.pt").is_file()]
+    return sorted(found, key=lambda path: ("sft" not in path.name, int(path.name.rsplit("-", 1)[1])))
+
+
+def provenance():
+    """Versions and commit, for config.json."""
+    names = ("torch", "transformers", "tokenizers", "gymnasium", "numpy", "rapidfuzz")
+    git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {"python": platform.python_version(), "commit": git.stdout.strip() or None,
+            "packages": {name: metadata.version(name) for name in names}}
+
+
+def open_run(cfg):
+    """Makes the run folder and its config.json. Raises UserError if it holds another run or cannot be written."""
+    run = Path(cfg.out)
+    if (run / "config.json").exists() and checkpoints(run):
+        raise UserError(f"{run} already holds a run: go on with it by --resume {run}, or choose another folder with --out.")
+    try:
+        (run / "episodes").mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(dataclasses.asdict(cfg) | {"provenance": provenance()}, indent=1))
+        (run / "metrics.jsonl").write_text("")
+    except OSError as error:
+        raise UserError(f"The run folder {run} cannot be written ({error.strerror}): choose another with --out.") from error
+    return run
+
+
+def reopen_run(folder, explicit):
+    """--resume -> (config, run, last checkpoint). Only --steps, --threads and --report_to may differ from the first start."""
+    run = Path(folder)
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is no run folder (no config.json): give --resume the folder that --out named.")
+    try:
+        stored = json.loads((run / "config.json").read_text())
+        stored.pop("provenance")
+        cfg = Config(**stored)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{run / 'config.json'} was not written by this version of the program ({error}): "
+                        "start a new run.") from error
+    for name, value in explicit.items():
+        if value != stored[name] and name not in ("steps", "threads", "report_to"):
+            raise UserError(f"--{name} {value} contradicts the run in {run}, which has {stored[name]}: leave it out, or start a "
+                            "new run with --out.")
+        setattr(cfg, name, value)
+    found = checkpoints(run)
+    if not found:
+        raise UserError(f"{run} holds no checkpoint yet: start it again without --resume, in another folder.")
+    return cfg, run, found[-1]
+
+
+def restore(policy, cfg, run, checkpoint):
+    """Weights, optimiser state and position of a checkpoint -> (phase, step, optimiser state)."""
+    from safetensors.torch import load_model
+    load_model(policy.model, checkpoint / "model.safetensors", device=str(policy.device))
+    if policy.ref is not None and (run / "checkpoint-0").is_dir():
+        load_model(policy.ref, run / "checkpoint-0" / "model.safetensors", device=str(policy.device))
+    state = torch.load(checkpoint / "state.pt", map_location=policy.device, weights_only=True)
+    trim_metrics(run, state["phase"], state["step"])
+    return state["phase"], state["step"], state["optimizer"]
+
+
+def trim_metrics(run, phase, step):
+    """Drops the lines that a killed run wrote after its last checkpoint; a half-written last line too."""
+    kept = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if (entry["phase"] == "rl", entry["step"]) <= (phase == "rl", step):
+            kept.append(line + "\n")
+    (run / "metrics.jsonl").write_text("".join(kept))
+
+
+class Log:
+    """metrics.jsonl, a printed line a step, curve.png, and wandb or tensorboard when asked."""
+
+    def __init__(self, run, cfg, bar):
+        self.run, self.bar, self.send = run, bar, lambda metrics, step: None
+        if cfg.report_to == "wandb":
+            wandb = optional("wandb", "wandb")
+            wandb.init(project="sdar", name=run.name, config=dataclasses.asdict(cfg))
+            self.send = lambda metrics, step: wandb.log(metrics, step=step)
+        elif cfg.report_to == "tensorboard":
+            writer = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run))
+            self.send = lambda metrics, step: [writer.add_scalar(k, v, step) for k, v in metrics.items()]
+
+    def __call__(self, phase, step, metrics, line):
+        with open(self.run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"phase": phase, "step": step} | metrics) + "\n")
+        self.send(metrics, step)
+        self.bar.write(line)
+
+
+def optional(module, package):
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(f"{module} is not installed: pip install {package}") from error
+
+
+def plot_curve(run, cfg):
+    """curve.png: success on the fixed panel, sampled and greedy, and of the training rollouts, by step."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    entries = [e for e in entries if e["phase"] == "rl"]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    styles = {"reward/success": ("training rollouts, T=%g" % cfg.temperature, dict(color="0.75", lw=1)),
+              "eval/success": ("panel of %d, T=%g" % (cfg.eval_tasks, cfg.eval_temperature), dict(color="C0", marker="o")),
+              "eval/greedy_success": ("panel of %d, greedy" % cfg.eval_tasks, dict(color="C1", marker="s"))}
+    for key, (label, style) in styles.items():
+        points = [(e["step"], e[key]) for e in entries if key in e]
+        if points:
+            axes.plot(*zip(*points), label=label, **style)
+    tasks = "official data" if cfg.data else "generated tasks"
+    axes.set(xlabel="step", ylabel="success rate", ylim=(0, 1), title=f"{cfg.method} on {cfg.env} ({tasks}), {cfg.model}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(run / "curve.png", dpi=120)
+    pyplot.close(figure)
+
+
+def dump_episodes(path, policy, episodes, rows=None):
+    """Whole episodes as JSON lines; with rows (in the order of the turns) each token comes with its gap and gate."""
+    rows = iter(rows or [])
+    with open(path, "w") as file:
+        for episode in episodes:
+            turns = []
+            for turn in episode.turns:
+                row = next(rows, None)
+                entry = {"observation": turn.context.observation, "text": turn.text, "action": turn.action,
+                         "valid": turn.valid, "stop": turn.response.stop, "logp": [round(x, 4) for x in turn.response.logp],
+                         "tokens": policy.chat.tokenizer.convert_ids_to_tokens(list(turn.response.ids))}
+                if row is not None:
+                    entry["advantage"] = row.advantage
+                    if row.gap is not None:
+                        entry |= {"gap": [round(x, 4) for x in row.gap], "gate": [round(x, 4) for x in row.gate]}
+                turns.append(entry)
+            file.write(json.dumps({"split": episode.task.split, "task_id": episode.task.task_id, "task_type": episode.task_type,
+                                   "task": episode.turns[0].context.task, "won": episode.won, "score": episode.score,
+                                   "done": episode.done, "turns": turns}, ensure_ascii=False) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------------ main
+
+def episode_metrics(cfg, episodes):
+    turns = [turn for e in episodes for turn in e.turns]
+    mean = lambda values: sum(values) / max(len(values), 1)
+    return {"reward/mean": mean([episode_return(cfg, e) for e in episodes]), "reward/success": mean([e.won for e in episodes]),
+            "reward/score": mean([e.score for e in episodes]), "rollout/turns": mean([len(e.turns) for e in episodes]),
+            "rollout/invalid": mean([not t.valid for t in turns]), "rollout/unfinished": mean([not e.done for e in episodes]),
+            "rollout/cut_off": mean([t.response.stop == "length" for t in turns]),
+            "rollout/response_tokens": mean([len(t.response.ids) for t in turns])}
+
+
+def panel_tasks(cfg, env):
+    """The fixed panel: the first tasks of the validation split, the same for every run."""
+    size = env.num_tasks("val")
+    if size < cfg.eval_tasks:
+        raise UserError(f"--eval_tasks {cfg.eval_tasks} is more than the {size} validation tasks of {cfg.env}: lower it.")
+    return [Task("val", i, i) for i in range(cfg.eval_tasks)]
+
+
+def evaluate(policy, cfg, environments, temperature, skills=None):
+    """The fixed panel, played once a task -> list of Episode. temperature 0 is greedy."""
+    return rollout(policy, environments, panel_tasks(cfg, environments[0]), cfg, temperature=temperature, skills=skills,
+                   seed=cfg.seed)
+
+
+def panel_metrics(policy, cfg, environments):
+    sampled = evaluate(policy, cfg, environments, cfg.eval_temperature)
+    greedy = evaluate(policy, cfg, environments, 0)
+    return {"eval/success": sum(e.won for e in sampled) / len(sampled), "eval/score": sum(e.score for e in sampled) / len(sampled),
+            "eval/greedy_success": sum(e.won for e in greedy) / len(greedy)}
+
+
+def step_tasks(cfg, env, step):
+    """Tasks of a training step, drawn by (seed, step) alone: a resumed run sees the same ones. Groups are neighbours."""
+    size = env.num_tasks("train")
+    if size < cfg.tasks:
+        raise UserError(f"--tasks {cfg.tasks} is more than the {size} training tasks of {cfg.env}: lower it.")
+    ids = random.Random(f"{cfg.seed} tasks {step}").sample(range(size), cfg.tasks)
+    return [Task("train", task_id, group) for group, task_id in enumerate(ids) for _ in range(cfg.group_size)]
+
+
+def peak_memory_gb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C waits until the block is done, so that weights and optimiser state always belong to a whole step."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(print("\nfinishing this update, then saving ...")))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def train_rl_step(policy, optimizer, cfg, environments, skills, run, step):
+    """rollout -> advantages -> update, once -> (metrics, the printed line)."""
+    start = time.perf_counter()
+    torch.manual_seed(cfg.seed * 1_000_003 + step)
+    episodes = rollout(policy, environments, step_tasks(cfg, environments[0], step), cfg, seed=cfg.seed * 1_000_003 + step)
+    rolled = time.perf_counter()
+    rows, metrics = make_rows(policy, cfg, episodes, skills)
+    with uninterrupted():
+        metrics |= train_step(policy, optimizer, rows, cfg, step)
+    metrics |= episode_metrics(cfg, episodes)
+    done = time.perf_counter()
+    metrics |= {"time/rollout": rolled - start, "time/update": done - rolled, "time/step": done - start,
+                "mem/peak_gb": peak_memory_gb(policy.device)}
+    if step % cfg.episodes_every == 0:
+        dump_episodes(run / "episodes" / f"step-{step:05d}.jsonl", policy, episodes, rows)
+    teacher = "" if cfg.teacher == "none" else f"  gap {metrics['sdar/gap']:+.3f}  gate {metrics['sdar/gate']:.3f}"
+    return metrics, (f"step {step + 1:3d}/{cfg.steps}  success {metrics['reward/success']:.2f}  turns {metrics['rollout/turns']:.1f}"
+                     f"  invalid {metrics['rollout/invalid']:.2f}  entropy {metrics['grpo/entropy']:.3f}"
+                     f"  flat groups {metrics['grpo/zero_variance_groups']:.2f}{teacher}  {metrics['time/step']:.1f} s")
+
+
+def warm_start(policy, optimizer, cfg, env, skills, log, first, save):
+    for step in range(first, cfg.sft_steps):
+        start = time.perf_counter()
+        with uninterrupted():
+            metrics = warm_start_step(policy, optimizer, cfg, env, skills, step)
+        seconds = time.perf_counter() - start
+        log("sft", step + 1, metrics | {"time/step": seconds}, f"warm start {step + 1:4d}/{cfg.sft_steps}  "
+            f"loss {metrics['sft/loss']:.4f}  {metrics['sft/tokens'] / seconds:.0f} tokens/s")
+        save("sft", step + 1)
+
+
+def reinforce(policy, optimizer, cfg, environments, skills, run, log, first, save):
+    for step in range(first, cfg.steps + 1):  # the pass with step == cfg.steps only evaluates
+        metrics, line = {}, ""
+        if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
+            metrics = panel_metrics(policy, cfg, environments)
+            line = (f"panel after {step} steps: success {metrics['eval/success']:.3f} at T={cfg.eval_temperature:g}, "
+                    f"{metrics['eval/greedy_success']:.3f} greedy ({cfg.eval_tasks} tasks)")
+            log("rl", step, metrics, line)
+            plot_curve(run, cfg)
+        if step < cfg.steps:
+            metrics, line = train_rl_step(policy, optimizer, cfg, environments, skills, run, step)
+            log("rl", step + 1, metrics, line)
+            save("rl", step + 1)
+
+
+def train(cfg, run, resumed=None):
+    """One run: warm start if asked, then cfg.steps steps of reinforcement learning with evaluations and checkpoints."""
+    count = max(cfg.tasks * cfg.group_size, cfg.eval_tasks if cfg.eval_every else 0)
+    environments = [make_env(cfg) for _ in range(count)]
+    skills = load_skills(cfg, environments[0].task_types)
+    policy = load_policy(cfg)
+    state = {"phase": "sft" if cfg.sft_steps else "rl", "step": 0, "optimizer": None}
+    if resumed:
+        state["phase"], state["step"], state["optimizer"] = restore(policy, cfg, run, resumed)
+    sys.stdout.write(f"{cfg.method} on {cfg.env} ({'data in ' + cfg.data if cfg.data else 'tasks generated here, not the official ones'}), "
+                     f"model {cfg.model} ({sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f}M), {policy.device}, run folder {run}\n")
+    with tqdm(total=cfg.sft_steps + cfg.steps, initial=state["step"] + (cfg.sft_steps if state["phase"] == "rl" else 0),
+              unit="step", dynamic_ncols=True) as bar:
+        log = Log(run, cfg, bar)
+        optimizer = make_optimizer(policy.model, cfg.lr, cfg)
+        if state["optimizer"]:
+            optimizer.load_state_dict(state["optimizer"])
+
+        def save(phase, step, force=False):
+            state["phase"], state["step"] = phase, step
+            bar.update(not force)
+            if force or step % (cfg.save_every if phase == "rl" else 200) == 0:
+                return save_checkpoint(run, policy, optimizer, phase, step)
+
+        try:
+            if state["phase"] == "sft":
+                warm_start(policy, optimizer, cfg, environments[0], skills, log, state["step"], save)
+                state["phase"], state["step"] = "rl", 0
+                optimizer = make_optimizer(policy.model, cfg.lr, cfg)
+                if policy.ref is not None:
+                    policy.ref.load_state_dict(policy.model.state_dict())
+            if state["step"] == 0:
+                save("rl", 0, force=True)
+            reinforce(policy, optimizer, cfg, environments, skills, run, log, state["step"], save)
+            saved = save("rl", cfg.steps, force=True)
+        except KeyboardInterrupt:
+            saved = save(state["phase"], state["step"], force=True)
+            bar.write(f"stopped after step {state['step']}, saved in {saved}; go on with: python sdar.py --resume {run}")
+            return 130
+    print(f"saved in {saved}; curve in {run / 'curve.png'}; evaluate it: python eval.py {saved}")
+    return 0
+
+
+def main(argv=None):
+    """The command line. Returns the exit status; bad input is one sentence on standard error and status 2."""
+    try:
+        explicit, resume = parse_args(argv)
+        if resume:
+            cfg, run, checkpoint = reopen_run(resume, explicit)
+            return train(cfg, run, checkpoint)
+        cfg = make_config(explicit)
+        return train(cfg, open_run(cfg))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
