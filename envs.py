@@ -846,7 +846,7 @@ def webshop_catalogue() -> dict:
     """
     rng = random.Random(0)
     chunks = rng.sample([a + b + c + d for a in "BDKLMNPRST" for b in "AEIO" for c in "DKLMNRTV" for d in "AIOU"], 40)
-    asins = ["B0" + first + second for first in chunks for second in chunks]
+    asins = [f"{first}-{second}" for first in chunks for second in chunks]
     rng.shuffle(asins)
     types = [(department, group, noun) for department, (_, _, _, groups) in WEBSHOP_DEPARTMENTS.items()
              for line in groups for group, nouns in [line.split(": ")] for noun in nouns.split(", ")]
@@ -1079,7 +1079,7 @@ def webshop_prompt(task: str, history: list, observation: str, admissible: list[
     history: the last (observation, action) pairs, oldest first; of a pair with the observation "" only the action is
     shown. An earlier page is shown as text alone, since what could be clicked there is gone.
     """
-    lines = ["You shop in a web store. Find what the task asks for and buy it."]
+    lines = ["You shop online. Find what the task asks for and buy it."]
     if skills:
         lines += ["Skills:", skills.strip()]
     lines.append(f"Task: {task}")
@@ -1087,8 +1087,8 @@ def webshop_prompt(task: str, history: list, observation: str, admissible: list[
         lines.append("Last steps:")
         lines += [f"- {action}" if not seen else f"- on: {webshop_page(seen, [])}\n  {action}" for seen, action in history]
     lines += ["Page:", webshop_page(observation, admissible),
-              "Think inside <think> </think>, then give one action inside <action> </action>: search[words] on any "
-              "page, or click[label] with a label in brackets on this page."]
+              "Think in <think> </think>, then act in <action> </action>: search[words], or click[label] with a label in "
+              "brackets."]
     return "\n".join(lines)
 
 

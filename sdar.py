@@ -193,7 +193,8 @@ class Config:
     warmup: int = option(0, "steps of linear warm-up")
     weight_decay: float = option(0.01, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradient norm clip")
-    micro_tokens: int = option(16384, "padded tokens of a micro-batch")
+    micro_tokens: int = option(4096, "padded tokens of a micro-batch; bounds the memory of an update")
+    recompute: bool = option(False, "keep no activations in the forward pass (gradient checkpointing): less memory, more time")
     seed: int = option(0, "seed of sampling and task order")
     # warm start
     sft_steps: int = option(0, "steps of cloning the environment's expert before the first training step")
@@ -206,7 +207,7 @@ class Config:
     eval_every: int = option(10, "steps between evaluations on the fixed panel, 0 for none")
     eval_tasks: int = option(128, "tasks of the panel")
     eval_temperature: float = option(0.4, "temperature of the sampled evaluation; a greedy one stands beside it")
-    out: str = option("runs/{env}-{method}-{seed}", "run folder")
+    out: str | None = option(None, "run folder; default: the first free of runs/<env>-<method>-<seed>, ...-2, ...-3")
     save_every: int = option(10, "steps between checkpoints")
     episodes_every: int = option(10, "steps between dumps of whole episodes")
     report_to: str = option("none", "send metrics on", choices=("none", "wandb", "tensorboard"))
@@ -220,7 +221,7 @@ PRESETS = {"none": {}, "official": {
 # What a model of a million parameters needs instead of the paper's values, which are for billions.
 TINY_DEFAULTS = {
     "tasks": 8, "steps": 40, "lr": 3e-4, "warmup": 3, "kl_coef": 0.0, "max_prompt_tokens": 512, "max_response_tokens": 32,
-    "history_observations": False, "sft_lr": 2e-3, "sft_tokens": 8192}
+    "history_observations": False, "sft_lr": 2e-3, "sft_tokens": 8192, "micro_tokens": 16384}
 
 
 class UserError(Exception):
@@ -240,7 +241,10 @@ def make_config(explicit):
         values |= PRESETS[chosen["preset"]]
     values |= METHODS[chosen["method"]]
     cfg = Config(**(values | explicit))
-    cfg.out = cfg.out.format(env=cfg.env, method=cfg.method, seed=cfg.seed)
+    if cfg.out is None:
+        names = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+        paths = (f"runs/{cfg.env}-{cfg.method}-{cfg.seed}{name}" for name in names)
+        cfg.out = next(path for path in paths if not Path(path).exists())
     validate(cfg, explicit, fields)
     return cfg
 
@@ -408,7 +412,10 @@ class Policy:
 
 def load_policy(cfg):
     """Model, tokenizer and device -> Policy. Raises UserError if the model cannot be found or its head is no plain matrix."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -424,7 +431,7 @@ def load_policy(cfg):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"Could not load the model {path!r}: {first_sentence(error)}") from error
     if tokenizer.chat_template is None:
         raise UserError(f"The tokenizer of {cfg.model!r} has no chat template: use an instruct model, or put a "
@@ -432,11 +439,22 @@ def load_policy(cfg):
     stop = model.generation_config.eos_token_id if model.generation_config else None
     stop = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
     autocast = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
+    without_dropout(model)
+    if cfg.recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(model.to(device).eval(), Chat(tokenizer), frozenset(stop), device, autocast)
     check_model(policy, cfg)
     if cfg.kl_coef or cfg.teacher == "ref":
         policy.ref = copy.deepcopy(policy.model).requires_grad_(False)
     return policy
+
+
+def without_dropout(model):
+    """Sampler and trainer must be the same function, also in train mode."""
+    for module in model.modules():
+        for name in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def first_sentence(error):
@@ -564,7 +582,7 @@ def sample_batch(policy, prompts, cfg, temperature, generator):
         if temperature == 0:
             token = logprobs.argmax(-1, keepdim=True)
         else:
-            token = torch.multinomial(logprobs.exp().cpu(), 1, generator=generator).to(device)  # [B, 1]
+            token = torch.multinomial(logprobs.exp(), 1, generator=generator)  # [B, 1]
         chosen = logprobs.gather(1, token)[:, 0]
         ended = torch.isin(token[:, 0], stop_ids)
         for row, t, lp, end in zip(alive.tolist(), token[:, 0].tolist(), chosen.tolist(), ended.tolist()):
@@ -620,7 +638,7 @@ def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, 
     Finished episodes stop generating. Raises UserError naming task and action if an environment raises.
     """
     temperature = cfg.temperature if temperature is None else temperature
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(policy.device).manual_seed(seed)
     episodes, pages, past = [], [], [[] for _ in tasks]
     for task, env in zip(tasks, environments):
         observation, info = guard(task, "reset", env.reset, options={"split": task.split, "task_id": task.task_id})
@@ -640,7 +658,7 @@ def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, 
         for i, (context, ids), response in zip(active, fitted, responses):
             spoken = response.ids[:-1] if response.stop == "end" else response.ids
             text = policy.chat.tokenizer.decode(spoken)
-            action, valid = envs.parse_action(cfg.env, text)
+            action, valid = envs.parse_action(cfg.env, text, official=not cfg.check_admissible)
             observation, reward, terminated, truncated, info = guard(
                 tasks[i], f"action {action!r} in turn {len(past[i]) + 1}", environments[i].step, action)
             valid = valid and (info["valid"] or not cfg.check_admissible)
@@ -730,7 +748,8 @@ def micro_batches(rows, micro_tokens):
     for members in shared.values():
         room, bundle = 0, []
         for row in members:  # attention to siblings is masked, so wasted: beyond four prompts' length it outweighs the sharing
-            if bundle and room + len(row.response_ids) > 4 * len(row.prompt_ids):
+            room_left = min(4 * len(row.prompt_ids), micro_tokens - max(len(row.prompt_ids), len(row.teacher_ids)))
+            if bundle and room + len(row.response_ids) > room_left:
                 bundles.append(bundle)
                 room, bundle = 0, []
             bundle.append(row)
@@ -827,6 +846,7 @@ def train_step(policy, optimizer, rows, cfg, step):
         score(policy, policy.ref if cfg.teacher == "ref" else policy.model, rows, cfg, "teacher_logp", teacher=True)
     if cfg.updates > 1:
         rows = random.Random(f"{cfg.seed} {step}").sample(rows, len(rows))
+    policy.model.train(cfg.recompute)  # transformers recomputes activations in train mode only
     total = defaultdict(float)
     size = math.ceil(len(rows) / cfg.updates)
     parts = [rows[i:i + size] for i in range(0, len(rows), size)]
@@ -840,7 +860,7 @@ def train_step(policy, optimizer, rows, cfg, step):
                 total[name] += float(value) / len(parts)
         total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1)),
                                                   cfg) / len(parts)
-    total["grpo/padded_tokens"] = sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
+    policy.model.eval()
     return dict(total)
 
 
@@ -892,8 +912,11 @@ def warm_start_step(policy, optimizer, cfg, env, skills, step):
     """Clones about cfg.sft_tokens tokens of demonstrations, by likelihood -> metrics."""
     rng = random.Random(f"{cfg.seed} demonstrations {step}")
     rows, size = [], 0
+    # An untrained model learns to copy on short rows: longer ones come in over the first third of the warm start.
+    longest = 128 + 3 * step / cfg.sft_steps * cfg.max_prompt_tokens if cfg.model == "new" else math.inf
     while size < cfg.sft_tokens:
         episode = demonstrations(policy.chat, cfg, env, skills, rng)
+        episode = [row for row in episode if len(row.prompt_ids) <= longest]
         rows += episode
         size += sum(len(row.prompt_ids) + len(row.response_ids) for row in episode)
     num_tokens = sum(len(row.response_ids) for row in rows)
@@ -918,18 +941,19 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def new_model(cfg, vocabulary=1536, episodes=400):
+def new_model(cfg, vocabulary=1536, episodes=1500):
     """An untrained Qwen2 of about a million parameters and a BPE tokenizer made from demonstrations."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
     env = make_env(cfg)
-    texts, rng = [text for kind in env.task_types for text in [load_skills(cfg, env.task_types)[kind]] * 5], random.Random(0)
+    skills, rng, texts = load_skills(cfg, env.task_types), random.Random(0), []
     for _ in range(episodes):
         observation, info = env.reset(options={"split": "train", "task_id": rng.randrange(env.num_tasks("train"))})
+        action = "search[words]"
         for _ in range(cfg.max_turns):
-            context = Context(info["task"], info["task_type"], (), observation, tuple(info["admissible"] or ()))
+            context = Context(info["task"], info["task_type"], (("", action),), observation, tuple(info["admissible"] or ()))
             thought, action = env.demonstrate(rng, careless=rng.random() < 0.5)
-            texts += [render(cfg, context), thought, action]
+            texts += ["user\n", render(cfg, context, skills[info["task_type"]]), "assistant\n", thought, action]
             observation, _, terminated, truncated, info = env.step(action)
             if terminated or truncated:
                 break
@@ -942,7 +966,7 @@ def new_model(cfg, vocabulary=1536, episodes=400):
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>", "<action>", "</action>")])
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                       chat_template=CHATML, clean_up_tokenization_spaces=False)
-    size = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    size = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(wrapped), max_position_embeddings=4096, tie_word_embeddings=True, use_sliding_window=False,
         eos_token_id=wrapped.eos_token_id, pad_token_id=wrapped.pad_token_id, bos_token_id=None, **size))
@@ -1040,7 +1064,8 @@ def trim_metrics(run, phase, step):
             entry = json.loads(line)
         except ValueError:
             break
-        if (entry["phase"] == "rl", entry["step"]) <= (phase == "rl", step):
+        place, last = (entry["phase"] == "rl", entry["step"]), (phase == "rl", step)
+        if place < last or place == last and "eval/success" not in entry:  # a panel is played after its checkpoint
             kept.append(line + "\n")
     (run / "metrics.jsonl").write_text("".join(kept))
 

@@ -1,0 +1,357 @@
+"""Plays the whole fixed panel with one model, with and without skills in its prompt, and compares two such results.
+
+    python eval.py runs/webshop-sdar-0/checkpoint-sft-200 --tasks 32
+
+    runs/webshop-sdar-0/checkpoint-sft-200 on webshop (generated tasks, not the official ones)
+    32 tasks of val, panel fac1286219f2, T=0.4, episodes a task 1, seed 0
+
+    with skills in the prompt
+      task type         n  success [95 %]          score [95 %]                 turns     invalid  unfinished
+      beauty            8  0.000 [0.000, 0.324]    0.025 [0.000, 0.075]          14.8       0.890       0.875
+      ...
+      all              32  0.000 [0.000, 0.107]    0.006 [0.000, 0.019]          14.9       0.905       0.938
+
+    with - without skills, paired by task
+      success +0.000 [+0.000, +0.000]  p 1 (McNemar)  no difference shown
+      score   +0.006 [+0.000, +0.019]  no difference shown
+
+    python eval.py --compare runs/webshop-sdar-0/checkpoint-40/eval.json runs/webshop-grpo-0/checkpoint-40/eval.json
+
+A checkpoint inside a run folder is played under its run's own settings (environment, data, skills, prompt, limits,
+seed); any other model under the defaults of sdar.py. Flags of the same names as there change either. A result holds
+every episode, so that two results on one panel can be compared task by task: the same tasks are easy or hard for both,
+and pairing takes that out of the noise.
+
+Intervals are 95 % ones: Wilson's for a success rate of one episode a task, else percentiles of a bootstrap over tasks
+(10,000 resamples, fixed seed), which want some tens of tasks. They hold for this checkpoint on tasks like these;
+another training seed adds noise of its own.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+from tqdm import tqdm
+
+import sdar
+
+FORMAT = "sdar eval 1"  # marks result files
+Z = NormalDist().inv_cdf(0.975)
+RESAMPLES, BLOCK = 10_000, 100  # resamples of a bootstrap, and how many are held in memory at once
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+def wilson(successes, n):
+    """Wilson's 95 % interval of a rate of `successes` in n independent trials -> (low, high). Wilson 1927."""
+    rate, shrink = successes / n, 1 + Z * Z / n
+    centre = (rate + Z * Z / (2 * n)) / shrink
+    half = Z / shrink * math.sqrt(rate * (1 - rate) / n + Z * Z / (4 * n * n))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def bootstrap(values):
+    """95 % percentile interval of the mean of values [tasks], resampling tasks -> (low, high)."""
+    values, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(0)
+    means = [values[rng.integers(len(values), size=(BLOCK, len(values)))].mean(1) for _ in range(RESAMPLES // BLOCK)]
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def paired_bootstrap(first, second):
+    """Mean of first - second, both [tasks] in one order, and its 95 % interval -> (difference, low, high)."""
+    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    return float(differences.mean()), *bootstrap(differences)
+
+
+def mcnemar(first, second):
+    """Exact two-sided p of McNemar's test on two lists of won or lost, in one order of tasks.
+
+    Tasks that only one side won are a fair coin if the sides are equally good; the others say nothing. McNemar 1947.
+    """
+    only_first = sum(bool(a) and not b for a, b in zip(first, second))
+    only_second = sum(bool(b) and not a for a, b in zip(first, second))
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2 ** n)
+
+
+def by_task(outcomes, key):
+    """Outcomes -> the mean of outcome[key] of each task [tasks], in the order of task ids."""
+    values = defaultdict(list)
+    for outcome in outcomes:
+        values[outcome["task_id"]].append(outcome[key])
+    return np.array([np.mean(values[task_id]) for task_id in sorted(values)])
+
+
+def describe(outcomes):
+    """One line of the table: n tasks, success and score with intervals, turns, shares of invalid and unfinished."""
+    won, score = by_task(outcomes, "won"), by_task(outcomes, "score")
+    # Equal values have a bootstrap interval of no width, as if nothing were unknown.
+    single = len(outcomes) == len(won) or won.min() == won.max()
+    turns = sum(outcome["turns"] for outcome in outcomes)
+    return {"n": len(won), "episodes": len(outcomes),
+            "success": float(won.mean()), "success_interval": wilson(won.sum(), len(won)) if single else bootstrap(won),
+            "score": float(score.mean()), "score_interval": bootstrap(score), "turns": turns / len(outcomes),
+            "invalid": sum(outcome["invalid"] for outcome in outcomes) / turns,
+            "unfinished": sum(not outcome["done"] for outcome in outcomes) / len(outcomes)}
+
+
+def summarise(outcomes):
+    """Outcomes -> {task type: describe(...)}, types in alphabetical order, and "all" last."""
+    types = sorted({outcome["task_type"] for outcome in outcomes})
+    table = {kind: describe([o for o in outcomes if o["task_type"] == kind]) for kind in types}
+    return table | {"all": describe(outcomes)}
+
+
+def difference(first, second):
+    """Paired difference first - second of two outcome lists -> {"success": ..., "score": ...}, each a dict.
+
+    p is McNemar's, for success with one episode a task on both sides, else None. `shown` needs the interval to exclude
+    0, and p < 0.05 where there is one: with few discordant tasks the bootstrap is too sure of itself, the exact test
+    is not.
+    """
+    result = {}
+    for key, measure in (("won", "success"), ("score", "score")):
+        a, b = by_task(first, key), by_task(second, key)
+        value, low, high = paired_bootstrap(a, b)
+        p = mcnemar(a, b) if key == "won" and len(a) == len(first) == len(second) else None
+        result[measure] = {"difference": value, "interval": (low, high), "p": p,
+                           "shown": (low > 0 or high < 0) and (p is None or p < 0.05)}
+    return result
+
+
+def print_table(title, table):
+    rows = [("task type", "n", "success [95 %]", "score [95 %]", "turns", "invalid", "unfinished")]
+    for kind, s in table.items():
+        success, score = ("{:.3f} [{:.3f}, {:.3f}]".format(s[m], *s[m + "_interval"]) for m in ("success", "score"))
+        rest = f"{s['turns']:.1f}", f"{s['invalid']:.3f}", f"{s['unfinished']:.3f}"
+        rows.append((kind, s["n"], success, score, *rest))
+    print(f"\n{title}")
+    for kind, n, success, score, *rest in rows:
+        print(f"  {kind:<14}{n:>5}  {success:<22}  {score:<22}" + "".join(f"{cell:>12}" for cell in rest))
+
+
+def print_difference(title, result):
+    print(f"\n{title}, paired by task")
+    for measure, d in result.items():
+        p = "" if d["p"] is None else f"  p {d['p']:.3g} (McNemar)"
+        verdict = "a difference" if d["shown"] else "no difference shown"
+        print("  {:<8}{:+.3f} [{:+.3f}, {:+.3f}]{}  {}".format(measure, d["difference"], *d["interval"], p, verdict))
+
+
+# ------------------------------------------------------------------------------------------------------- one evaluation
+
+CONDITIONS = {"without": "without skills", "with": "with skills in the prompt"}
+
+# Settings of sdar.Config that decide an episode, and those that say where it is played; flags under the same names.
+SETTINGS = ("env", "data", "skills", "retrieval", "max_turns", "history", "history_observations", "max_prompt_tokens",
+            "max_response_tokens", "check_admissible", "seed", "dtype", "rollout_batch")
+MACHINE = ("device", "threads")
+
+
+def evaluation_config(model, explicit):
+    """Model and explicitly given settings -> Config: that of the run around a checkpoint, else sdar's defaults."""
+    folder = Path(model).absolute()
+    if model == "new":
+        raise sdar.UserError("new is an untrained model: give a checkpoint of sdar.py --model new --sft_steps N.")
+    if (folder / "metrics.jsonl").is_file():
+        names = ", ".join(path.name for path in sdar.checkpoints(folder)) or "none yet"
+        raise sdar.UserError(f"{model} is a run folder: give one of the checkpoints in it ({names}).")
+    panel = {"eval_tasks": sdar.Config.eval_tasks, "eval_temperature": sdar.Config.eval_temperature}
+    if not folder.name.startswith("checkpoint-"):
+        return sdar.make_config(panel | {"model": model} | explicit)
+    if not (folder / "config.json").is_file():
+        raise sdar.UserError(f"There is no checkpoint {model} (no config.json in it): give one that sdar.py saved.")
+    source = folder.parent / "config.json"
+    try:
+        stored = json.loads(source.read_text())
+        stored.pop("provenance")
+        cfg = sdar.Config(**stored | panel | {"model": model} | explicit)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise sdar.UserError(f"The run's settings in {source} cannot be read ({error}): leave the checkpoint in its "
+                             "run folder, or rename it to play it under the defaults.") from error
+    sdar.validate(cfg, {}, {field.name: field for field in dataclasses.fields(sdar.Config)})
+    return cfg
+
+
+def panel_hash(env, tasks):
+    """SHA-256 (hex) over split, id, instruction and goal of every task: equal exactly if the panels are.
+
+    Resets env to each task. The goal is env.goal, or None where the environment has no such attribute.
+    """
+    entries = []
+    for task in tasks:
+        _, info = sdar.guard(task, "reset", env.reset, options={"split": task.split, "task_id": task.task_id})
+        entries.append([task.split, task.task_id, info["task"], getattr(env, "goal", None)])
+    return hashlib.sha256(json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def play(policy, cfg, environments, tasks, repeats, skills, bar):
+    """sdar.rollout over the panel, `repeats` times with seeds of their own -> a JSON-ready dict per episode."""
+    outcomes = []
+    for repeat in range(repeats):
+        episodes = sdar.rollout(policy, environments, tasks, cfg, temperature=cfg.eval_temperature, skills=skills,
+                                seed=cfg.seed + 1_000_003 * repeat, progress=bar)
+        outcomes += [{"task_id": e.task.task_id, "task_type": e.task_type, "repeat": repeat, "won": bool(e.won),
+                      "score": float(e.score), "turns": len(e.turns), "invalid": sum(not t.valid for t in e.turns),
+                      "done": bool(e.done)} for e in episodes]
+    return outcomes
+
+
+def free_to_write(out, settings):
+    """Raises UserError unless `out` can be written without losing a result of other settings."""
+    if not out.parent.is_dir():
+        raise sdar.UserError(f"There is no folder {out.parent} for the result: make it, or choose another with --out.")
+    if out.exists():
+        unlike = changes(read_result(out), settings)
+        if unlike:
+            raise sdar.UserError(f"{out} holds another evaluation (there | here: {unlike}): choose a file with --out.")
+
+
+def changes(first, second):
+    """What differs in the settings of two results, for a message: 'seed 0 | 1, max_turns 15 | 30'."""
+    a, b = ({name: result[name] for name in ("model", "panel", "conditions")} | result["sampling"] |
+            {name: result["config"].get(name) for name in SETTINGS} for result in (first, second))
+    return ", ".join(f"{name} {a[name]} | {b[name]}" for name in a if a[name] != b[name])
+
+
+def evaluate(model, options):
+    """Plays the panel under the command line's options, prints the tables, writes the result file -> its dict."""
+    named = SETTINGS + MACHINE + ("eval_tasks", "eval_temperature")
+    explicit = {name: options[name] for name in named if name in options}
+    cfg = evaluation_config(model, explicit)
+    if cfg.retrieval == "none":  # a run without a teacher, which is to be shown the same skills as the others
+        cfg = dataclasses.replace(cfg, retrieval=sdar.Config.retrieval)
+    repeats, split = options.get("repeats", 1), options.get("split", "val")
+    if repeats < 1 or repeats > 1 and cfg.eval_temperature == 0:
+        raise sdar.UserError(f"--repeats is {repeats}, but must be at least 1, and 1 with --temperature 0, whose "
+                             "episodes are all alike.")
+    conditions = [name for name in CONDITIONS if options.get("condition", "both") in (name, "both")]
+    env = sdar.make_env(cfg)
+    tasks = [task._replace(split=split) for task in sdar.panel_tasks(cfg, env)]
+    settings = {"model": model, "panel": panel_hash(env, tasks), "conditions": conditions,
+                "sampling": {"split": split, "tasks": len(tasks), "repeats": repeats, "seed": cfg.seed,
+                             "temperature": cfg.eval_temperature}, "config": dataclasses.asdict(cfg)}
+    title = Path(model).absolute().name
+    out = Path(options.get("out", f"{model}/eval.json" if title.startswith("checkpoint-") else f"eval-{title}.json"))
+    free_to_write(out, settings)
+    skills = sdar.load_skills(cfg, env.task_types)
+    policy = sdar.load_policy(dataclasses.replace(cfg, kl_coef=0.0, teacher="none"))  # so no reference model either
+    environments = [env] + [sdar.make_env(cfg) for _ in tasks[1:]]
+    print(headline(settings))
+    with tqdm(total=len(tasks) * repeats * len(conditions), unit="episode", leave=False, dynamic_ncols=True) as bar:
+        outcomes = {name: play(policy, cfg, environments, tasks, repeats, skills if name == "with" else None, bar)
+                    for name in conditions}
+    summary = {name: summarise(outcomes[name]) for name in conditions}
+    for name in conditions:
+        print_table(CONDITIONS[name], summary[name])
+    if len(conditions) == 2:
+        summary["with - without"] = difference(outcomes["with"], outcomes["without"])
+        print_difference("with - without skills", summary["with - without"])
+    result = {"format": FORMAT} | settings | {"provenance": sdar.provenance(), "summary": summary, "outcomes": outcomes}
+    try:
+        out.write_text(json.dumps(result, indent=1))
+    except OSError as error:
+        raise sdar.UserError(f"{out} cannot be written ({error.strerror}): choose another file with --out.") from error
+    print(f"\nsaved in {out}")
+    return result
+
+
+def headline(result):
+    cfg, sampling = result["config"], result["sampling"]
+    tasks = f"data in {cfg['data']}" if cfg["data"] else "generated tasks, not the official ones"
+    how = f"T={sampling['temperature']:g}" if sampling["temperature"] else "greedy"
+    return (f"{result['model']} on {cfg['env']} ({tasks})\n{sampling['tasks']} tasks of {sampling['split']}, panel "
+            f"{result['panel'][:12]}, {how}, episodes a task {sampling['repeats']}, seed {sampling['seed']}")
+
+
+# ----------------------------------------------------------------------------------------------------------- comparison
+
+def read_result(path):
+    """A result file -> dict. Raises UserError if it cannot be read or this program did not write it."""
+    try:
+        result = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise sdar.UserError(f"The result file {path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise sdar.UserError(f"{path} is no JSON file, so no result of eval.py ({error}).") from error
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        raise sdar.UserError(f"{path} was not written by this version of eval.py (format {FORMAT!r}).")
+    return result
+
+
+def compare(first_path, second_path):
+    """Prints the paired difference of two result files per condition that both have -> {condition: difference(...)}."""
+    first, second = read_result(first_path), read_result(second_path)
+    if first["panel"] != second["panel"]:
+        raise sdar.UserError(f"{first_path} and {second_path} were made on different panels ({first['panel'][:12]} and "
+                             f"{second['panel'][:12]}): only results on the same tasks can be compared.")
+    shared = [name for name in first["conditions"] if name in second["conditions"]]
+    if not shared:
+        raise sdar.UserError(f"{first_path} and {second_path} have no condition in common: evaluate both with the same "
+                             "--condition.")
+    print(f"A  {first_path}: {headline(first)}\nB  {second_path}: {headline(second)}")
+    print(f"settings that differ, A | B: {changes(first, second) or 'none'}")
+    result = {}
+    for name in shared:
+        result[name] = difference(first["outcomes"][name], second["outcomes"][name])
+        rates = (side["summary"][name]["all"]["success"] for side in (first, second))
+        print_difference("A - B, {} (success {:.3f} and {:.3f})".format(CONDITIONS[name], *rates), result[name])
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+def parse_args(argv):
+    """Command line -> {option: value} of what was given; `model` is always there, None if absent."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    parser.add_argument("model", nargs="?", default=None,
+                        help="a checkpoint, tiny, a model folder, or a name that transformers loads")
+    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two result files instead")
+    parser.add_argument("--condition", choices=("both", *CONDITIONS), help="skills in the prompt (default both ways)")
+    parser.add_argument("--temperature", "--eval_temperature", dest="eval_temperature", type=float,
+                        help=f"0 is greedy (default {sdar.Config.eval_temperature})")
+    parser.add_argument("--tasks", "--eval_tasks", dest="eval_tasks", type=int,
+                        help=f"the first so many of the split (default {sdar.Config.eval_tasks})")
+    parser.add_argument("--repeats", type=int, help="episodes a task, with seeds of their own (default 1)")
+    parser.add_argument("--split", help="(default val)")
+    parser.add_argument("--out", help="result file (default: eval.json in a checkpoint, else ./eval-<model>.json)")
+    for field in (f for f in dataclasses.fields(sdar.Config) if f.name in SETTINGS + MACHINE):
+        kind = type(field.default) if field.default is not None else str
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        text = f"{field.metadata['help']} (default: the run's, else {field.default})"
+        parser.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **how)
+    options = vars(parser.parse_args(argv))
+    if "compare" in options and (options["model"] or len(options) > 2):
+        raise sdar.UserError("--compare A.json B.json stands alone: leave the model and every other option out.")
+    if "compare" not in options and options["model"] is None:
+        raise sdar.UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-40, ...), or --compare A.json B.json.")
+    if options.get("retrieval") == "none":
+        raise sdar.UserError("--retrieval none shows no skills: use --condition without.")
+    return options
+
+
+def main(argv=None):
+    """The command line. Returns the exit status; bad input is one sentence on standard error and status 2."""
+    try:
+        options = parse_args(argv)
+        if "compare" in options:
+            compare(*options["compare"])
+        else:
+            evaluate(options["model"], options)
+    except sdar.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
