@@ -864,8 +864,8 @@ def webshop_catalogue() -> dict:
         for number, pair in enumerate(pairs):
             pair = rng.sample(pair, 2)
             hidden = rng.random() < 0.1
-            price = rng.randrange(500, 4500) / 100
-            prices = [price + rng.randrange(5000, 9000) / 100, price] if number < 4 else [price]
+            price = rng.randrange(50, 450) / 10
+            prices = [round(price + rng.randrange(500, 900) / 10, 1), price] if number < 4 else [price]
             products = [kind | _product(rng, asins.pop(), brand, pair, noun, price, hidden)
                         for brand, price in zip(rng.sample(WEBSHOP_BRANDS, 2), prices)]
             catalogue["items"] += products

@@ -169,14 +169,7 @@ def evaluation_config(model, explicit):
         return sdar.make_config(panel | {"model": model} | explicit)
     if not (folder / "config.json").is_file():
         raise sdar.UserError(f"There is no checkpoint {model} (no config.json in it): give one that sdar.py saved.")
-    source = folder.parent / "config.json"
-    try:
-        stored = json.loads(source.read_text())
-        stored.pop("provenance")
-        cfg = sdar.Config(**stored | panel | {"model": model} | explicit)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise sdar.UserError(f"The run's settings in {source} cannot be read ({error}): leave the checkpoint in its "
-                             "run folder, or rename it to play it under the defaults.") from error
+    cfg = dataclasses.replace(sdar.read_run_config(folder.parent), **panel | {"model": model} | explicit)
     sdar.validate(cfg, {}, {field.name: field for field in dataclasses.fields(sdar.Config)})
     return cfg
 
@@ -235,7 +228,7 @@ def evaluate(model, options):
                              "episodes are all alike.")
     conditions = [name for name in CONDITIONS if options.get("condition", "both") in (name, "both")]
     env = sdar.make_env(cfg)
-    tasks = [task._replace(split=split) for task in sdar.panel_tasks(cfg, env)]
+    tasks = sdar.panel_tasks(cfg, env, split)
     settings = {"model": model, "panel": panel_hash(env, tasks), "conditions": conditions,
                 "sampling": {"split": split, "tasks": len(tasks), "repeats": repeats, "seed": cfg.seed,
                              "temperature": cfg.eval_temperature}, "config": dataclasses.asdict(cfg)}
@@ -324,11 +317,7 @@ def parse_args(argv):
     parser.add_argument("--repeats", type=int, help="episodes a task, with seeds of their own (default 1)")
     parser.add_argument("--split", help="(default val)")
     parser.add_argument("--out", help="result file (default: eval.json in a checkpoint, else ./eval-<model>.json)")
-    for field in (f for f in dataclasses.fields(sdar.Config) if f.name in SETTINGS + MACHINE):
-        kind = type(field.default) if field.default is not None else str
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        text = f"{field.metadata['help']} (default: the run's, else {field.default})"
-        parser.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **how)
+    sdar.add_options(parser, SETTINGS + MACHINE)
     options = vars(parser.parse_args(argv))
     if "compare" in options and (options["model"] or len(options) > 2):
         raise sdar.UserError("--compare A.json B.json stands alone: leave the model and every other option out.")

@@ -269,8 +269,8 @@ def validate(cfg, explicit, fields):
             why = "; a group of one has no one to be compared with" if name == "group_size" else ""
             raise UserError(f"--{name} is {value}, but must be at least {low}{why}.")
     for name in ("temperature", "clip", "max_grad_norm"):
-        if not getattr(cfg, name) > 0:
-            raise UserError(f"--{name} is {getattr(cfg, name)}, but must be greater than 0.")
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise UserError(f"--{name} is {getattr(cfg, name)}, but must be greater than 0 and finite.")
     if cfg.sft_careless > 1:
         raise UserError(f"--sft_careless is {cfg.sft_careless}, but is a share between 0 and 1.")
     if cfg.model == "new" and not cfg.sft_steps:
@@ -294,7 +294,14 @@ def parse_args(argv):
     """Command line -> (explicitly given settings, run folder to resume or None)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, from its last checkpoint")
-    for field in dataclasses.fields(Config):
+    add_options(parser, [field.name for field in dataclasses.fields(Config)])
+    explicit = vars(parser.parse_args(argv))
+    return explicit, explicit.pop("resume")
+
+
+def add_options(parser, names):
+    """A flag for each of these fields of Config; one that is not given leaves no trace in the parsed arguments."""
+    for field in (field for field in dataclasses.fields(Config) if field.name in names):
         kind = type(field.default) if field.default is not None else str
         text = f"{field.metadata['help']} (default {field.default}"
         text += f"; tiny {TINY_DEFAULTS[field.name]})" if field.name in TINY_DEFAULTS else ")"
@@ -302,8 +309,6 @@ def parse_args(argv):
         if field.metadata["choices"]:
             how["metavar"] = "|".join(field.metadata["choices"])
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
-    explicit = vars(parser.parse_args(argv))
-    return explicit, explicit.pop("resume")
 
 
 # --------------------------------------------------------------------------------------------------- prompts and skills
@@ -379,15 +384,13 @@ def fit_prompt(chat, cfg, context, skills=""):
         if context.history:
             context = context._replace(history=context.history[1:])
             continue
-        words = context.observation.split(" ")
+        words = [word for word in context.observation.split(" ") if word != "..."]
         if len(words) < 3:
             raise UserError(f"--max_prompt_tokens {cfg.max_prompt_tokens} is too small: the task and the instructions alone "
                             f"need {len(ids)} tokens. Raise it.")
         cut = min(max(excess // 4, 1), len(words) - 2)  # a word has seldom more than four tokens, so never cuts much too much
         middle = (len(words) - cut) // 2
-        kept = [w for w in words[:middle] + words[middle + cut:] if w != "..."]
-        shown = kept[:middle] + ["..."] + kept[middle:] if len(kept) > 2 else kept
-        context = context._replace(observation=" ".join(shown))
+        context = context._replace(observation=" ".join(words[:middle] + ["..."] + words[middle + cut:]))
 
 
 def teacher_ids(chat, cfg, turn, skills):
@@ -408,6 +411,16 @@ class Policy:
     device: torch.device
     autocast: bool
     ref: torch.nn.Module | None = None  # the initial weights, frozen
+    fused_error: float = 0.0  # largest difference between fused log-probs and the model's own, on a short text
+
+
+def choose_device(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter is what a CPU build raises for cuda
+        raise UserError(f"--device {name} cannot be used here: {first_sentence(error)}") from error
 
 
 def load_policy(cfg):
@@ -416,7 +429,7 @@ def load_policy(cfg):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar()
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+    device = choose_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
@@ -443,7 +456,7 @@ def load_policy(cfg):
     if cfg.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(model.to(device).eval(), Chat(tokenizer), frozenset(stop), device, autocast)
-    check_model(policy, cfg)
+    policy.fused_error = check_model(policy, cfg)
     if cfg.kl_coef or cfg.teacher == "ref":
         policy.ref = copy.deepcopy(policy.model).requires_grad_(False)
     return policy
@@ -943,8 +956,8 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }
 
 def new_model(cfg, vocabulary=1536, episodes=1500):
     """An untrained Qwen2 of about a million parameters and a BPE tokenizer made from demonstrations."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from tokenizers import AddedToken
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     env = make_env(cfg)
     skills, rng, texts = load_skills(cfg, env.task_types), random.Random(0), []
     for _ in range(episodes):
@@ -957,20 +970,16 @@ def new_model(cfg, vocabulary=1536, episodes=1500):
             observation, _, terminated, truncated, info = env.step(action)
             if terminated or truncated:
                 break
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary - 4, special_tokens=control,
-                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>", "<action>", "</action>")])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                      chat_template=CHATML, clean_up_tokenization_spaces=False)
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, vocabulary - 6)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+                                  "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>", "<action>", "</action>")])
+    tokenizer.chat_template = CHATML
     size = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(wrapped), max_position_embeddings=4096, tie_word_embeddings=True, use_sliding_window=False,
-        eos_token_id=wrapped.eos_token_id, pad_token_id=wrapped.pad_token_id, bos_token_id=None, **size))
-    return model, wrapped
+        vocab_size=len(tokenizer), max_position_embeddings=4096, tie_word_embeddings=True, use_sliding_window=False,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, **size))
+    return model, tokenizer
 
 
 # ----------------------------------------------------------------------------------------------- run folder, checkpoints
@@ -1022,26 +1031,34 @@ def open_run(cfg):
     return run
 
 
-def reopen_run(folder, explicit):
-    """--resume -> (config, run, last checkpoint). Only --steps, --threads and --report_to may differ from the first start."""
-    run = Path(folder)
+def read_run_config(run):
+    """The settings of a run folder -> Config."""
     if not (run / "config.json").is_file():
-        raise UserError(f"{run} is no run folder (no config.json): give --resume the folder that --out named.")
+        raise UserError(f"{run} is no run folder (no config.json): give the folder that --out named.")
     try:
         stored = json.loads((run / "config.json").read_text())
         stored.pop("provenance")
-        cfg = Config(**stored)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{run / 'config.json'} was not written by this version of the program ({error}): "
-                        "start a new run.") from error
+        return Config(**stored)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{run / 'config.json'} was not written by this version of the program ({error}).") from error
+
+
+def reopen_run(folder, explicit):
+    """--resume -> (config, run, last checkpoint). Only --steps, --threads and --report_to may differ from the first start."""
+    run = Path(folder)
+    cfg = read_run_config(run)
     for name, value in explicit.items():
-        if value != stored[name] and name not in ("steps", "threads", "report_to"):
-            raise UserError(f"--{name} {value} contradicts the run in {run}, which has {stored[name]}: leave it out, or start a "
-                            "new run with --out.")
+        if value != getattr(cfg, name) and name not in ("steps", "threads", "report_to"):
+            raise UserError(f"--{name} {value} contradicts the run in {run}, which has {getattr(cfg, name)}: leave it out, or "
+                            "start a new run with --out.")
         setattr(cfg, name, value)
+    validate(cfg, {}, {field.name: field for field in dataclasses.fields(Config)})
     found = checkpoints(run)
     if not found:
         raise UserError(f"{run} holds no checkpoint yet: start it again without --resume, in another folder.")
+    done = 0 if "sft" in found[-1].name else int(found[-1].name.rsplit("-", 1)[1])
+    if cfg.steps < done:
+        raise UserError(f"--steps {cfg.steps} is less than the {done} steps that {run} already has: raise it or leave it out.")
     return cfg, run, found[-1]
 
 
@@ -1154,12 +1171,12 @@ def episode_metrics(cfg, episodes):
             "rollout/response_tokens": mean([len(t.response.ids) for t in turns])}
 
 
-def panel_tasks(cfg, env):
+def panel_tasks(cfg, env, split="val"):
     """The fixed panel: the first tasks of the validation split, the same for every run."""
-    size = env.num_tasks("val")
+    size = env.num_tasks(split)
     if size < cfg.eval_tasks:
-        raise UserError(f"--eval_tasks {cfg.eval_tasks} is more than the {size} validation tasks of {cfg.env}: lower it.")
-    return [Task("val", i, i) for i in range(cfg.eval_tasks)]
+        raise UserError(f"--eval_tasks {cfg.eval_tasks} is more than the {size} tasks of split {split!r} of {cfg.env}: lower it.")
+    return [Task(split, i, i) for i in range(cfg.eval_tasks)]
 
 
 def evaluate(policy, cfg, environments, temperature, skills=None):
@@ -1204,64 +1221,69 @@ def uninterrupted():
         raise KeyboardInterrupt
 
 
-def train_rl_step(policy, optimizer, cfg, environments, skills, run, step):
-    """rollout -> advantages -> update, once -> (metrics, the printed line)."""
+def train_rl_step(policy, optimizer, cfg, episodes, skills, run, step):
+    """Episodes -> advantages -> update, once -> metrics."""
     start = time.perf_counter()
-    torch.manual_seed(cfg.seed * 1_000_003 + step)
-    episodes = rollout(policy, environments, step_tasks(cfg, environments[0], step), cfg, seed=cfg.seed * 1_000_003 + step)
-    rolled = time.perf_counter()
     rows, metrics = make_rows(policy, cfg, episodes, skills)
-    with uninterrupted():
-        metrics |= train_step(policy, optimizer, rows, cfg, step)
-    metrics |= episode_metrics(cfg, episodes)
-    done = time.perf_counter()
-    metrics |= {"time/rollout": rolled - start, "time/update": done - rolled, "time/step": done - start,
-                "mem/peak_gb": peak_memory_gb(policy.device)}
+    metrics |= train_step(policy, optimizer, rows, cfg, step) | episode_metrics(cfg, episodes)
     if step % cfg.episodes_every == 0:
         dump_episodes(run / "episodes" / f"step-{step:05d}.jsonl", policy, episodes, rows)
-    teacher = "" if cfg.teacher == "none" else f"  gap {metrics['sdar/gap']:+.3f}  gate {metrics['sdar/gate']:.3f}"
-    return metrics, (f"step {step + 1:3d}/{cfg.steps}  success {metrics['reward/success']:.2f}  turns {metrics['rollout/turns']:.1f}"
-                     f"  invalid {metrics['rollout/invalid']:.2f}  entropy {metrics['grpo/entropy']:.3f}"
-                     f"  flat groups {metrics['grpo/zero_variance_groups']:.2f}{teacher}  {metrics['time/step']:.1f} s")
+    return metrics | {"time/update": time.perf_counter() - start, "mem/peak_gb": peak_memory_gb(policy.device)}
 
 
-def warm_start(policy, optimizer, cfg, env, skills, log, first, save):
+def step_line(cfg, step, m):
+    teacher = "" if cfg.teacher == "none" else f"  gap {m['sdar/gap']:+.3f}  gate {m['sdar/gate']:.3f}"
+    return (f"step {step:3d}/{cfg.steps}  success {m['reward/success']:.2f}  turns {m['rollout/turns']:.1f}  "
+            f"invalid {m['rollout/invalid']:.2f}  entropy {m['grpo/entropy']:.3f}  "
+            f"flat groups {m['grpo/zero_variance_groups']:.2f}{teacher}  {m['time/step']:.1f} s")
+
+
+def warm_start(policy, optimizer, cfg, env, skills, log, first, reached):
     for step in range(first, cfg.sft_steps):
         start = time.perf_counter()
         with uninterrupted():
             metrics = warm_start_step(policy, optimizer, cfg, env, skills, step)
-        seconds = time.perf_counter() - start
-        log("sft", step + 1, metrics | {"time/step": seconds}, f"warm start {step + 1:4d}/{cfg.sft_steps}  "
-            f"loss {metrics['sft/loss']:.4f}  {metrics['sft/tokens'] / seconds:.0f} tokens/s")
-        save("sft", step + 1)
+            seconds = time.perf_counter() - start
+            log("sft", step + 1, metrics | {"time/step": seconds}, f"warm start {step + 1:4d}/{cfg.sft_steps}  "
+                f"loss {metrics['sft/loss']:.4f}  {metrics['sft/tokens'] / seconds:.0f} tokens/s")
+            reached("sft", step + 1)
 
 
-def reinforce(policy, optimizer, cfg, environments, skills, run, log, first, save):
+def reinforce(policy, optimizer, cfg, environments, skills, run, log, first, reached):
     for step in range(first, cfg.steps + 1):  # the pass with step == cfg.steps only evaluates
-        metrics, line = {}, ""
         if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics = panel_metrics(policy, cfg, environments)
-            line = (f"panel after {step} steps: success {metrics['eval/success']:.3f} at T={cfg.eval_temperature:g}, "
-                    f"{metrics['eval/greedy_success']:.3f} greedy ({cfg.eval_tasks} tasks)")
-            log("rl", step, metrics, line)
+            log("rl", step, metrics, f"panel after {step} steps: success {metrics['eval/success']:.3f} at "
+                f"T={cfg.eval_temperature:g}, {metrics['eval/greedy_success']:.3f} greedy ({cfg.eval_tasks} tasks)")
             plot_curve(run, cfg)
         if step < cfg.steps:
-            metrics, line = train_rl_step(policy, optimizer, cfg, environments, skills, run, step)
-            log("rl", step + 1, metrics, line)
-            save("rl", step + 1)
+            start, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
+            torch.manual_seed(seed)
+            episodes = rollout(policy, environments, step_tasks(cfg, environments[0], step), cfg, seed=seed)
+            rolled = time.perf_counter()
+            with uninterrupted():
+                metrics = train_rl_step(policy, optimizer, cfg, episodes, skills, run, step)
+                metrics |= {"time/rollout": rolled - start, "time/step": time.perf_counter() - start}
+                log("rl", step + 1, metrics, step_line(cfg, step + 1, metrics))
+                reached("rl", step + 1)
 
 
 def train(cfg, run, resumed=None):
     """One run: warm start if asked, then cfg.steps steps of reinforcement learning with evaluations and checkpoints."""
     count = max(cfg.tasks * cfg.group_size, cfg.eval_tasks if cfg.eval_every else 0)
     environments = [make_env(cfg) for _ in range(count)]
+    step_tasks(cfg, environments[0], 0)  # both raise if there are too few tasks
+    if cfg.eval_every:
+        panel_tasks(cfg, environments[0])
     skills = load_skills(cfg, environments[0].task_types)
     policy = load_policy(cfg)
     state = {"phase": "sft" if cfg.sft_steps else "rl", "step": 0, "optimizer": None}
     if resumed:
         state["phase"], state["step"], state["optimizer"] = restore(policy, cfg, run, resumed)
-    sys.stdout.write(f"{cfg.method} on {cfg.env} ({'data in ' + cfg.data if cfg.data else 'tasks generated here, not the official ones'}), "
-                     f"model {cfg.model} ({sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f}M), {policy.device}, run folder {run}\n")
+    tasks = f"data in {cfg.data}" if cfg.data else "tasks generated here, not the official ones"
+    size = sum(p.numel() for p in policy.model.parameters()) / 1e6
+    print(f"{cfg.method} on {cfg.env} ({tasks}), model {cfg.model} ({size:.2f}M parameters), {policy.device}, run folder {run}\n"
+          f"fused log-probs within {policy.fused_error:.1e} of the model's own", flush=True)
     with tqdm(total=cfg.sft_steps + cfg.steps, initial=state["step"] + (cfg.sft_steps if state["phase"] == "rl" else 0),
               unit="step", dynamic_ncols=True) as bar:
         log = Log(run, cfg, bar)
@@ -1269,25 +1291,28 @@ def train(cfg, run, resumed=None):
         if state["optimizer"]:
             optimizer.load_state_dict(state["optimizer"])
 
-        def save(phase, step, force=False):
+        def save():
+            return save_checkpoint(run, policy, optimizer, state["phase"], state["step"])
+
+        def reached(phase, step):
             state["phase"], state["step"] = phase, step
-            bar.update(not force)
-            if force or step % (cfg.save_every if phase == "rl" else 200) == 0:
-                return save_checkpoint(run, policy, optimizer, phase, step)
+            bar.update()
+            if step % (cfg.save_every if phase == "rl" else 200) == 0:
+                save()
 
         try:
             if state["phase"] == "sft":
-                warm_start(policy, optimizer, cfg, environments[0], skills, log, state["step"], save)
+                warm_start(policy, optimizer, cfg, environments[0], skills, log, state["step"], reached)
                 state["phase"], state["step"] = "rl", 0
                 optimizer = make_optimizer(policy.model, cfg.lr, cfg)
                 if policy.ref is not None:
                     policy.ref.load_state_dict(policy.model.state_dict())
             if state["step"] == 0:
-                save("rl", 0, force=True)
-            reinforce(policy, optimizer, cfg, environments, skills, run, log, state["step"], save)
-            saved = save("rl", cfg.steps, force=True)
+                save()  # what the reference model of a resumed run is read from
+            reinforce(policy, optimizer, cfg, environments, skills, run, log, state["step"], reached)
+            saved = save()
         except KeyboardInterrupt:
-            saved = save(state["phase"], state["step"], force=True)
+            saved = save()
             bar.write(f"stopped after step {state['step']}, saved in {saved}; go on with: python sdar.py --resume {run}")
             return 130
     print(f"saved in {saved}; curve in {run / 'curve.png'}; evaluate it: python eval.py {saved}")

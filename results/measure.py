@@ -1,0 +1,133 @@
+"""Times of one training step and of WebShop, as in the README. Run from the repository's root:
+
+    python results/measure.py step       a GRPO step against TRL's (pip install trl datasets accelerate), -> results/step.json
+    python results/measure.py webshop    steps a second, loading,                                         -> results/webshop.json
+
+Ours and TRL's steps run in this one process, block by block in turn: the ratio is fair where the seconds are not.
+"""
+
+import json
+import platform
+import random
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import envs
+import sdar
+
+HERE = Path(__file__).resolve().parent
+VOCABULARY, PROMPT, NEW, SAMPLES, GROUP = 2048, 200, 16, 64, 8  # 64 samples in groups of 8, 200 + 16 tokens
+
+
+def small_model():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None))
+
+
+def sdar_steps(count):
+    """Seconds of each of `count` GRPO steps of sdar.py: sampling, random returns, update."""
+    cfg = sdar.make_config({"model": "tiny", "method": "grpo", "max_response_tokens": NEW, "lr": 1e-4})
+    policy = sdar.Policy(small_model().eval(), None, frozenset([1]), torch.device("cpu"), False)
+    optimizer, rng, stamps = sdar.make_optimizer(policy.model, cfg.lr, cfg), random.Random(0), [time.perf_counter()]
+    for step in range(count):
+        groups = [tuple(rng.randrange(3, VOCABULARY) for _ in range(PROMPT)) for _ in range(SAMPLES // GROUP)]
+        prompts = [prompt for prompt in groups for _ in range(GROUP)]
+        responses = sdar.sample(policy, prompts, cfg, 1.0, torch.Generator().manual_seed(step))
+        returns = torch.tensor([rng.random() for _ in prompts])
+        advantages = sdar.group_advantages(returns, torch.arange(SAMPLES) // GROUP).tolist()
+        rows = [sdar.Row(p, (), r.ids, a) for p, r, a in zip(prompts, responses, advantages)]
+        sdar.train_step(policy, optimizer, rows, cfg, step)
+        stamps.append(time.perf_counter())
+    return [b - a for a, b in zip(stamps, stamps[1:])]
+
+
+def trl_steps(count):
+    """Seconds of each of `count` steps of GRPOTrainer: same model, lengths, groups and learning rate, no reference model."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
+                                        unk_token="<unk>", padding_side="left")
+    rng, stamps = random.Random(0), []
+    rows = [{"prompt": " ".join(f"w{rng.randrange(3, VOCABULARY)}" for _ in range(PROMPT))} for _ in range(400)]
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            stamps.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as out:
+        settings = GRPOConfig(
+            output_dir=out, per_device_train_batch_size=SAMPLES, num_generations=GROUP, max_completion_length=NEW,
+            max_steps=count + 1, learning_rate=1e-4, beta=0.0, temperature=1.0, report_to=[], save_strategy="no",
+            use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, logging_strategy="no")
+        GRPOTrainer(model=small_model(), args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                    reward_funcs=lambda completions, **_: [rng.random() for _ in completions], callbacks=[Clock()]).train()
+    return [b - a for a, b in zip(stamps, stamps[1:])]  # the first step, with its setting-up, has no stamp before it
+
+
+def measure_step(count=8):
+    sdar_steps(2), trl_steps(1)  # warm up
+    ours, theirs = [], []
+    for _ in range(2):
+        ours += sdar_steps(count)
+        theirs += trl_steps(count)
+    ratio = statistics.median(ours) / statistics.median(theirs)
+    print(f"sdar.py {statistics.median(ours):.3f} s a step, TRL {statistics.median(theirs):.3f} s, ratio {ratio:.2f} "
+          f"(medians of {len(ours)}, {torch.get_num_threads()} threads)")
+    from importlib.metadata import version
+    return {"sdar_s": ours, "trl_s": theirs, "ratio_of_medians": ratio, "trl": version("trl"), "shape": {
+        "vocabulary": VOCABULARY, "prompt": PROMPT, "new": NEW, "samples": SAMPLES, "group": GROUP, "model": "Qwen2 128 x 4"}}
+
+
+def measure_webshop(episodes=2000):
+    """Expert and random play in equal parts, searches, resets and rewards included; the expert's own thinking is not counted."""
+    start = time.perf_counter()
+    env = envs.WebShop()
+    load = time.perf_counter() - start
+    rng, steps, seconds = random.Random(0), 0, 0.0
+    for number in range(episodes):
+        start = time.perf_counter()
+        _, info = env.reset(options={"split": "train", "task_id": rng.randrange(env.num_tasks("train"))})
+        seconds += time.perf_counter() - start
+        words = [word for word in info["task"].split() if word.isalpha()]
+        for _ in range(15):
+            if number % 2:
+                action = env.expert()
+            else:
+                action = rng.choice(info["admissible"]).replace("<words>", " ".join(rng.sample(words, 3)))
+            start = time.perf_counter()
+            _, _, terminated, truncated, info = env.step(action)
+            seconds += time.perf_counter() - start
+            steps += 1
+            if terminated or truncated:
+                break
+    print(f"{len(env.products)} products: loaded in {load:.2f} s, {steps / seconds:.0f} steps/s ({steps} steps)")
+    return {"products": len(env.products), "goals": len(env.goals), "load_s": load, "steps": steps, "steps_per_s": steps / seconds}
+
+
+def main():
+    what = {"step": measure_step, "webshop": measure_webshop}
+    if len(sys.argv) != 2 or sys.argv[1] not in what:
+        sys.exit(f"usage: python results/measure.py {'|'.join(what)}")
+    report = {"command": shlex.join(["python", "results/measure.py", sys.argv[1]]), "torch": torch.__version__,
+              "python": platform.python_version(), "threads": torch.get_num_threads()}
+    (HERE / f"{sys.argv[1]}.json").write_text(json.dumps(report | what[sys.argv[1]](), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
