@@ -755,6 +755,8 @@ class WebShop(gymnasium.Env):
         return tuple(sorted({goal["category"] for goal in self.goals}))
 
     def num_tasks(self, split):
+        if split not in self.splits:
+            raise ValueError(f"WebShop has no split {split!r}; splits are {', '.join(self.splits)}.")
         return len(self.splits[split])
 
     def expert(self):

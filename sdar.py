@@ -1,12 +1,12 @@
 """SDAR: self-distilled agentic reinforcement learning (arXiv 2605.15155), in one file.
 
-An agent plays whole episodes (several turns of observation -> response); GRPO compares the episodes of one task with each
-other; and the same model, shown skill text that the student does not see, says of every sampled token how it likes it.
+An agent plays whole episodes (several turns of observation -> response); GRPO compares the episodes of one task with
+each other; and the same model, shown skill text that the student does not see, says of each sampled token how it likes it.
 
-    (1) A_i = (R_i - mean_group R) / (std_group R + 1e-6)               one return R per episode; an invalid turn gets A_i - c_inv
-    (2) L_pg = -Agg min(r A, clip(r, 1-e, 1+e) A), dual clip for A < 0   r = exp(logp - old_logp)
-    (3) L_kl = Agg(exp(d) - d - 1),  d = ref_logp - logp                 the k3 estimate of KL(student || reference)
-    (4) gap D = teacher_logp - logp,  gate g = sigmoid(beta D)           both detached
+    (1) A_i = (R_i - mean_group R) / (std_group R + 1e-6)               one return R an episode; invalid turns A_i - c_inv
+    (2) L_pg = -Agg min(r A, clip(r, 1-e, 1+e) A), dual clip for A < 0  r = exp(logp - old_logp)
+    (3) L_kl = Agg(exp(d) - d - 1),  d = ref_logp - logp                the k3 estimate of KL(student || reference)
+    (4) gap D = teacher_logp - logp,  gate g = sigmoid(beta D)          both detached
     (5) L = L_pg + c_kl L_kl - c_ent H + lambda Agg(g (teacher_logp - logp))
 
 Agg(z) is the sum over all response tokens of an optimiser step divided by their number.
@@ -18,9 +18,10 @@ Agg(z) is the sum over all response tokens of an optimiser step divided by their
     D, g        gap, gate          teacher - student log-prob of a sampled token; its trust weight in (0, 1)
     lambda, beta  sdar_coef, gate_beta
 
-What (5) adds has the gradient -lambda Agg(g grad logp): a gate-weighted likelihood of the student's own samples. On-policy
-samples have E[grad logp] = 0, so in expectation g acts as g - 1/2 = tanh(beta D / 2) / 2, a bounded and odd reward for what
-the skilled teacher prefers, about lambda beta / 4 times the gradient of the reverse KL for small gaps; at beta = 0 it is pure noise.
+What (5) adds has the gradient -lambda Agg(g grad logp): a gate-weighted likelihood of the student's own samples.
+On-policy samples have E[grad logp] = 0, so in expectation g acts as g - 1/2 = tanh(beta D / 2) / 2, a bounded and odd
+reward for what the skilled teacher prefers, about lambda beta / 4 times the gradient of the reverse KL for small gaps;
+at beta = 0 it is pure noise.
 
 Absent on purpose: a critic, a replay buffer, gradients through gate or teacher, re-tokenised responses.
 
@@ -134,7 +135,7 @@ def sdar_loss(logp, teacher_logp, mask, *, beta=5.0, num_tokens=None, surrogate=
     return (weight * (teacher_logp.detach() - logp) * mask).sum() / num_tokens, metrics  # eq. (5)
 
 
-# ---------------------------------------------------------------------------------------------------------------- config
+# --------------------------------------------------------------------------------------------------------------- config
 
 def option(default, help, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
@@ -150,9 +151,10 @@ class Config:
     max_turns: int = option(15, "turns after which an episode ends")
     history: int = option(2, "earlier turns shown in a prompt")
     history_observations: bool = option(True, "show the observations of earlier turns, not only the actions")
-    reward: str = option("won", "return of an episode: 10 if won, or 10 times the graded score", choices=("won", "score"))
+    reward: str = option("won", "return of an episode: 10 if won, or 10 times the graded score",
+                         choices=("won", "score"))
     # model
-    model: str = option("tiny", "tiny (embedded), new (tiny, untrained), a model folder, or a name that transformers loads")
+    model: str = option("tiny", "tiny (embedded), new (tiny, untrained), a folder, or a name that transformers loads")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = option("auto", "auto is bf16 compute on CUDA, fp32 elsewhere; weights are always fp32",
                         choices=("auto", "float32", "bfloat16"))
@@ -166,7 +168,8 @@ class Config:
     rollout_batch: int = option(128, "responses generated side by side")
     # algorithm
     method: str = option("sdar", "row of METHODS", choices=("sdar", "grpo"))
-    preset: str = option("none", "official: as the released code does it (README, Deviations)", choices=("none", "official"))
+    preset: str = option("none", "official: as the released code does it (README, Deviations)",
+                         choices=("none", "official"))
     clip: float = option(0.2, "e of eq. (2)")
     dual_clip: float = option(3.0, "bound on the loss of negative advantages, eq. (2)")
     kl_coef: float = option(0.01, "c_kl of eq. (5); 0 needs no reference model")
@@ -180,7 +183,7 @@ class Config:
     gate_beta: float = option(5.0, "beta of eq. (4)")
     gate: str = option("gap", "gate of eq. (4)", choices=("gap", "entropy", "soft_or", "none"))
     surrogate: str = option("mle", "weight of -logp in eq. (5)", choices=tuple(SURROGATES))
-    teacher: str = option("live", "weights of the teacher: current, before the step's first update, or the initial ones",
+    teacher: str = option("live", "teacher's weights: current, before the step's first update, or the initial ones",
                           choices=("live", "rollout", "ref", "none"))
     teacher_prompt: str = option("message", "skills inside the user message, or as raw text before the chat template "
                                  "and cut from the left", choices=("message", "raw"))
@@ -194,15 +197,14 @@ class Config:
     weight_decay: float = option(0.01, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradient norm clip")
     micro_tokens: int = option(4096, "padded tokens of a micro-batch; bounds the memory of an update")
-    recompute: bool = option(False, "keep no activations in the forward pass (gradient checkpointing): less memory, more time")
+    recompute: bool = option(False, "keep no activations in the forward pass (gradient checkpointing): slower, less memory")
     seed: int = option(0, "seed of sampling and task order")
     # warm start
     sft_steps: int = option(0, "steps of cloning the environment's expert before the first training step")
     sft_lr: float = option(1e-5, "learning rate of the warm start, cosine to a tenth")
     sft_tokens: int = option(32768, "padded tokens of a warm-start step")
-    sft_prompt_coef: float = option(0.0, "weight of the prompt's own tokens in the warm start: from them a new model learns to copy")
-    sft_careless: float = option(0.0, "share of demonstrations by a careless shopper, shown without skills; in the others the "
-                                 "prompt holds the skills. 0: all by the expert, without skills")
+    sft_careless: float = option(0.0, "share of demonstrations by a careless player, without skills in the prompt; the "
+                                 "others are the expert's, with skills. 0: all are the expert's, without skills")
     # evaluation and run folder
     eval_every: int = option(10, "steps between evaluations on the fixed panel, 0 for none")
     eval_tasks: int = option(128, "tasks of the panel")
@@ -216,12 +218,13 @@ class Config:
 METHODS = {"sdar": {}, "grpo": {"sdar_coef": 0.0, "teacher": "none", "retrieval": "none"}}
 
 PRESETS = {"none": {}, "official": {
-    "advantage_stats": "turn", "teacher": "rollout", "teacher_prompt": "raw", "entropy_coef": 0.001, "check_admissible": False}}
+    "advantage_stats": "turn", "teacher": "rollout", "teacher_prompt": "raw", "entropy_coef": 0.001,
+    "check_admissible": False}}
 
 # What a model of a million parameters needs instead of the paper's values, which are for billions.
 TINY_DEFAULTS = {
     "tasks": 8, "steps": 40, "lr": 3e-4, "warmup": 3, "kl_coef": 0.0, "max_prompt_tokens": 512, "max_response_tokens": 32,
-    "history_observations": False, "sft_lr": 2e-3, "sft_tokens": 8192, "micro_tokens": 16384}
+    "history_observations": False, "sft_lr": 3e-3, "sft_tokens": 4096, "micro_tokens": 16384}
 
 
 class UserError(Exception):
@@ -229,7 +232,7 @@ class UserError(Exception):
 
 
 def make_config(explicit):
-    """Defaults < embedded model < preset < method < what the user said. Raises UserError where the result makes no sense."""
+    """Defaults < embedded model < preset < method < what the user said. Raises UserError if they make no sense together."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
     chosen = {name: explicit.get(name, fields[name].default) for name in ("model", "preset", "method")}
     for name, value in chosen.items():
@@ -261,7 +264,7 @@ def validate(cfg, explicit, fields):
     at_least = {"max_turns": 1, "history": 0, "threads": 0, "tasks": 1, "group_size": 2, "max_prompt_tokens": 1,
                 "max_response_tokens": 1, "rollout_batch": 1, "kl_coef": 0, "entropy_coef": 0, "invalid_penalty": 0,
                 "sdar_coef": 0, "gate_beta": 0, "updates": 1, "steps": 0, "lr": 0, "warmup": 0, "weight_decay": 0,
-                "micro_tokens": 1, "sft_steps": 0, "sft_lr": 0, "sft_tokens": 1, "sft_prompt_coef": 0, "sft_careless": 0, "eval_every": 0,
+                "micro_tokens": 1, "sft_steps": 0, "sft_lr": 0, "sft_tokens": 1, "sft_careless": 0, "eval_every": 0,
                 "eval_tasks": 1, "eval_temperature": 0, "save_every": 1, "episodes_every": 1, "dual_clip": 1}
     for name, low in at_least.items():
         value = getattr(cfg, name)
@@ -274,13 +277,21 @@ def validate(cfg, explicit, fields):
     if cfg.sft_careless > 1:
         raise UserError(f"--sft_careless is {cfg.sft_careless}, but is a share between 0 and 1.")
     if cfg.model == "new" and not cfg.sft_steps:
-        raise UserError("--model new starts from random weights: add --sft_steps N to teach it the expert's play first.")
-    idle = {name: "there is no teacher (--method grpo or --teacher none)" for name in
-            ("sdar_coef", "gate_beta", "gate", "surrogate", "retrieval", "teacher_prompt")} if cfg.teacher == "none" else {}
+        raise UserError("--model new has random weights: add --sft_steps N to teach it the expert's play first.")
+    idle = {}
+    if cfg.teacher == "none":
+        idle |= dict.fromkeys(("sdar_coef", "gate_beta", "gate", "surrogate", "retrieval", "teacher_prompt"),
+                              "there is no teacher (--method grpo or --teacher none)")
     if cfg.teacher != "none" and cfg.gate == "none":
         idle["gate_beta"] = "--gate none has no beta"
+    if cfg.teacher != "none" and cfg.surrogate == "opsd":
+        idle |= dict.fromkeys(("gate", "gate_beta"), "--surrogate opsd has no gate")
+    if cfg.updates == 1:
+        idle |= dict.fromkeys(("clip", "dual_clip"), "with --updates 1 every ratio is 1")
+    if cfg.history == 0:
+        idle["history_observations"] = "--history 0 shows no earlier turn"
     if not cfg.sft_steps:
-        idle |= {name: "--sft_steps is 0" for name in ("sft_lr", "sft_tokens", "sft_prompt_coef", "sft_careless")}
+        idle |= {name: "--sft_steps is 0" for name in ("sft_lr", "sft_tokens", "sft_careless")}
     if not cfg.eval_every:
         idle |= {name: "--eval_every is 0" for name in ("eval_tasks", "eval_temperature")}
     if cfg.retrieval == "none" and not cfg.sft_careless:
@@ -332,8 +343,8 @@ def load_skills(cfg, task_types):
     def read(name):
         path = folder / f"{name}.md"
         if not path.is_file():
-            raise UserError(f"The skills folder {folder} has no {path.name}: it needs general.md and a file for each of "
-                            f"{', '.join(task_types)}.")
+            raise UserError(f"The skills folder {folder} has no {path.name}: it needs general.md and a file for each "
+                            f"of {', '.join(task_types)}.")
         return path.read_text(encoding="utf-8").strip()
 
     general, by_type = read("general"), {kind: read(kind) for kind in task_types}
@@ -354,8 +365,8 @@ class Chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], add_generation_prompt=True,
                                              tokenize=False, enable_thinking=False)
         if text.count(mark) != 1:
-            raise UserError(f"The chat template of {tokenizer.name_or_path} shows a user's message {text.count(mark)} times "
-                            "instead of once: such templates are not supported.")
+            raise UserError(f"The chat template of {tokenizer.name_or_path} shows a user's message {text.count(mark)} "
+                            "times instead of once: such templates are not supported.")
         before, after = text.split(mark)
         self.before, self.after = self.encode(before, control=True), self.encode(after, control=True)
 
@@ -373,7 +384,7 @@ def render(cfg, context, skills=""):
 def fit_prompt(chat, cfg, context, skills=""):
     """Context -> (the context that fits, its prompt ids): drops history first, then the middle of the observation.
 
-    Skills, when the student sees any, come on top of cfg.max_prompt_tokens. Raises UserError if the task alone is too long.
+    Skills, when the student sees any, come on top of cfg.max_prompt_tokens. Raises UserError if the task is too long.
     """
     limit = cfg.max_prompt_tokens + len(chat.encode(skills))
     while True:
@@ -386,9 +397,9 @@ def fit_prompt(chat, cfg, context, skills=""):
             continue
         words = [word for word in context.observation.split(" ") if word != "..."]
         if len(words) < 3:
-            raise UserError(f"--max_prompt_tokens {cfg.max_prompt_tokens} is too small: the task and the instructions alone "
-                            f"need {len(ids)} tokens. Raise it.")
-        cut = min(max(excess // 4, 1), len(words) - 2)  # a word has seldom more than four tokens, so never cuts much too much
+            raise UserError(f"--max_prompt_tokens {cfg.max_prompt_tokens} is too small: the task and the instructions "
+                            f"alone need {len(ids)} tokens. Raise it.")
+        cut = min(max(excess // 4, 1), len(words) - 2)  # a word has seldom more than four tokens: not much too much
         middle = (len(words) - cut) // 2
         context = context._replace(observation=" ".join(words[:middle] + ["..."] + words[middle + cut:]))
 
@@ -401,7 +412,7 @@ def teacher_ids(chat, cfg, turn, skills):
     return raw[-cfg.max_prompt_tokens:]  # the released code's left cut: the skills go first
 
 
-# ---------------------------------------------------------------------------------------------------------------- policy
+# --------------------------------------------------------------------------------------------------------------- policy
 
 @dataclass
 class Policy:
@@ -424,7 +435,7 @@ def choose_device(name):
 
 
 def load_policy(cfg):
-    """Model, tokenizer and device -> Policy. Raises UserError if the model cannot be found or its head is no plain matrix."""
+    """Model, tokenizer and device -> Policy. Raises UserError if there is no model, or its head is no plain matrix."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -437,10 +448,10 @@ def load_policy(cfg):
         model, tokenizer = new_model(cfg)
     else:
         path = str(TINY) if cfg.model == "tiny" else cfg.model
-        looks_local = Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
         if looks_local and not (Path(path) / "config.json").is_file():
-            raise UserError(f"There is no model in {path!r} (no config.json): give tiny, a folder written by save_pretrained, "
-                            "or a name such as Qwen/Qwen2.5-1.5B-Instruct.")
+            raise UserError(f"There is no model in {path!r} (no config.json): give tiny, a folder written by "
+                            "save_pretrained, or a name such as Qwen/Qwen2.5-1.5B-Instruct.")
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
@@ -482,14 +493,14 @@ def compute(policy):
 def check_model(policy, cfg):
     """Compares packed, fused log-probs with the model's own logits on a short text.
 
-    A head that is more than a matrix (bias, soft-cap, scaling), or attention that does not follow the packing mask, would
-    train on wrong log-probs without any other sign. Raises UserError.
+    A head that is more than a matrix (bias, soft-cap, scaling), or attention that does not follow the packing mask,
+    would train on wrong log-probs without any other sign. Raises UserError; returns the largest difference.
     """
     window = getattr(policy.model.config, "sliding_window", None)
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
     if getattr(policy.model.config, "use_sliding_window", True) and window and window < longest:
-        raise UserError(f"{cfg.model} attends to {window} tokens only, fewer than --max_prompt_tokens + --max_response_tokens "
-                        f"= {longest}: lower them.")
+        raise UserError(f"{cfg.model} attends to {window} tokens only, fewer than --max_prompt_tokens + "
+                        f"--max_response_tokens = {longest}: lower them.")
     prompt = policy.chat.prompt("Find a red lamp.")
     answers = [policy.chat.encode(text) for text in ("<action>search[red lamp]</action>", "I have no idea")]
     with torch.no_grad():
@@ -504,13 +515,14 @@ def check_model(policy, cfg):
     worst = (fused - torch.cat(own)).abs().max().item()
     limit = 0.2 if policy.autocast else 1e-3
     if not worst < limit:
-        raise UserError(f"{cfg.model}: fused log-probs differ from the model's own by {worst:.2g} (limit {limit}): its head is "
-                        "more than a matrix (bias, soft-cap, scaling) or its attention ignores the packing mask. Not supported.")
+        raise UserError(f"{cfg.model} is not supported: fused log-probs differ from the model's own by {worst:.2g} (limit "
+                        f"{limit}), so its head is more than a matrix (bias, soft-cap, scaling) or its attention ignores "
+                        "the packing mask.")
     return worst
 
 
-# Rows that share a prompt are packed into one sequence [prompt, response 1, response 2, ...]: the mask lets a response see
-# the prompt and itself, the positions start anew after the prompt. Groups share their first prompt, and often later ones.
+# Rows that share a prompt are packed into one sequence [prompt, response 1, response 2, ...]: the mask lets a response
+# see the prompt and itself, positions start anew after the prompt. Groups share their first prompt, and often later ones.
 
 class Pack(NamedTuple):
     ids: torch.Tensor  # [B, L]
@@ -564,7 +576,7 @@ class Response(NamedTuple):
 @torch.no_grad()
 def sample(policy, prompts, cfg, temperature, generator):
     """prompts: id tuples -> a Response each. temperature 0 is greedy. Equal prompts share one prefill."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))  # little padding, equal ones adjacent
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))  # little padding, equals adjacent
     responses = [None] * len(prompts)
     for start in range(0, len(order), cfg.rollout_batch):
         rows = order[start:start + cfg.rollout_batch]
@@ -590,7 +602,7 @@ def sample_batch(policy, prompts, cfg, temperature, generator):
     alive = torch.arange(len(prompts), device=device)  # row number of each line of the cache
     tokens, logps = [[] for _ in prompts], [[] for _ in prompts]
     stops = ["length"] * len(prompts)
-    for _ in range(cfg.max_response_tokens):
+    for number in range(cfg.max_response_tokens):
         logprobs = (logits / (temperature or 1.0)).log_softmax(-1)  # [B, V]
         if temperature == 0:
             token = logprobs.argmax(-1, keepdim=True)
@@ -604,19 +616,20 @@ def sample_batch(policy, prompts, cfg, temperature, generator):
             if end:
                 stops[row] = "end"
         keep = torch.nonzero(~ended)[:, 0]
-        if len(keep) == 0:
+        if len(keep) == 0 or number + 1 == cfg.max_response_tokens:
             break
         if len(keep) < len(alive):  # finished responses stop generating
             cache.batch_select_indices(keep)
             alive, real, token, position = alive[keep], real[keep], token[keep], position[keep]
         real = torch.cat([real, real.new_ones(len(real), 1)], 1)
         with compute(policy):
-            out = model(input_ids=token, attention_mask=real, position_ids=position, past_key_values=cache, use_cache=True)
+            out = model(input_ids=token, attention_mask=real, position_ids=position, past_key_values=cache,
+                        use_cache=True)
         logits, cache, position = out.logits[:, -1].float(), out.past_key_values, position + 1
     return [Response(tuple(t), tuple(lp), s) for t, lp, s in zip(tokens, logps, stops)]
 
 
-# --------------------------------------------------------------------------------------------------------------- rollout
+# -------------------------------------------------------------------------------------------------------------- rollout
 
 class Task(NamedTuple):
     split: str
@@ -647,7 +660,7 @@ class Episode:
 def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, seed=0, progress=None):
     """Plays tasks[i] in environments[i], all side by side -> list of Episode, in the order of tasks.
 
-    temperature: None for cfg.temperature, 0 for greedy. skills: None, or {task type: text} that the student is shown too.
+    temperature: None for cfg.temperature, 0 for greedy. skills: None, or {task type: text} that the student sees too.
     Finished episodes stop generating. Raises UserError naming task and action if an environment raises.
     """
     temperature = cfg.temperature if temperature is None else temperature
@@ -697,7 +710,7 @@ def make_env(cfg):
 
 
 def guard(task, doing, call, *args, **kwargs):
-    """Names the task in whatever an environment raises, so that the run can stop with a sentence."""
+    """Names the task in whatever an environment raises (so every Exception is caught): the run stops with a sentence."""
     try:
         return call(*args, **kwargs)
     except Exception as error:
@@ -705,11 +718,18 @@ def guard(task, doing, call, *args, **kwargs):
                         f"{type(error).__name__}: {first_sentence(error)}") from error
 
 
+def check_prompt_limit(policy, cfg, env):
+    """Raises UserError if the first task's prompt cannot be made to fit, before anything is saved."""
+    task = Task("train", 0, 0)
+    observation, info = guard(task, "reset", env.reset, options={"split": task.split, "task_id": task.task_id})
+    fit_prompt(policy.chat, cfg, Context(info["task"], info["task_type"], (), observation, tuple(info["admissible"] or ())))
+
+
 def episode_return(cfg, episode):
     return 10.0 * (episode.score if cfg.reward == "score" else float(episode.won))
 
 
-# ---------------------------------------------------------------------------------------------- rows and micro-batches
+# ----------------------------------------------------------------------------------------------- rows and micro-batches
 
 @dataclass
 class Row:
@@ -718,7 +738,7 @@ class Row:
     prompt_ids: tuple
     teacher_ids: tuple  # () without a teacher
     response_ids: tuple
-    advantage: float | list  # one number, or one per response token
+    advantage: float
     old_logp: list | None = None
     ref_logp: list | None = None
     teacher_logp: list | None = None
@@ -760,17 +780,17 @@ def micro_batches(rows, micro_tokens):
     bundles = []
     for members in shared.values():
         room, bundle = 0, []
-        for row in members:  # attention to siblings is masked, so wasted: beyond four prompts' length it outweighs the sharing
-            room_left = min(4 * len(row.prompt_ids), micro_tokens - max(len(row.prompt_ids), len(row.teacher_ids)))
-            if bundle and room + len(row.response_ids) > room_left:
+        for row in members:  # attention to siblings is masked, so wasted: beyond four prompts' length it outweighs sharing
+            prompt = len(row.prompt_ids)
+            if bundle and room + len(row.response_ids) > min(4 * prompt, micro_tokens - prompt):
                 bundles.append(bundle)
                 room, bundle = 0, []
             bundle.append(row)
             room += len(row.response_ids)
         bundles.append(bundle)
 
-    def width(bundle):
-        return max(len(bundle[0].prompt_ids), len(bundle[0].teacher_ids)) + sum(len(row.response_ids) for row in bundle)
+    def width(bundle):  # of the student's sequence: a teacher changes nothing in how rows are batched
+        return len(bundle[0].prompt_ids) + sum(len(row.response_ids) for row in bundle)
 
     batch = []
     for bundle in sorted(bundles, key=width):
@@ -801,7 +821,7 @@ def split_tokens(rows, values):
 
 @torch.no_grad()
 def score(policy, model, rows, cfg, name, teacher=False):
-    """Fills the rows' list `name` with log-probs of their responses under model; teacher: after the teacher's prompt."""
+    """Fills the rows' list `name` with log-probs of their responses under model, or after the teacher's prompt."""
     for bundles in micro_batches(rows, cfg.micro_tokens):
         batch = pack_bundles(policy, bundles, teacher)
         logp, _ = kernels.fused_logprob(*head_inputs(policy, model, batch), batch.targets, temperature=cfg.temperature)
@@ -810,7 +830,7 @@ def score(policy, model, rows, cfg, name, teacher=False):
             setattr(row, name, values)
 
 
-# ------------------------------------------------------------------------------------------------------------ train step
+# ----------------------------------------------------------------------------------------------------------- train step
 
 def step_loss(policy, cfg, bundles, num_tokens):
     """Eq. (5) of one micro-batch -> (loss, metrics as shares of num_tokens). Fills in the rows' gap and gate."""
@@ -850,7 +870,7 @@ def step_loss(policy, cfg, bundles, num_tokens):
 
 
 def train_step(policy, optimizer, rows, cfg, step):
-    """All rows of a batch -> cfg.updates optimiser steps -> metrics. The denominators are those of the whole optimiser step."""
+    """All rows of a batch -> cfg.updates optimiser steps -> metrics. Denominators are those of the whole optimiser step."""
     if cfg.updates > 1:
         score(policy, policy.model, rows, cfg, "old_logp")
     if cfg.kl_coef:
@@ -871,8 +891,8 @@ def train_step(policy, optimizer, rows, cfg, step):
             loss.backward()
             for name, value in metrics.items():
                 total[name] += float(value) / len(parts)
-        total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1)),
-                                                  cfg) / len(parts)
+        lr = cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1))
+        total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, lr, cfg) / len(parts)
     policy.model.eval()
     return dict(total)
 
@@ -880,7 +900,7 @@ def train_step(policy, optimizer, rows, cfg, step):
 def optimizer_step(model, optimizer, lr, cfg):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
     if not math.isfinite(norm):
-        raise UserError(f"The gradient norm is {norm}: lower --lr, or use --dtype float32. No weight was changed by this step.")
+        raise UserError(f"The gradient norm is {norm}: lower --lr, or use --dtype float32. This step changed no weight.")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -891,13 +911,13 @@ def make_optimizer(model, lr, cfg):
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=cfg.weight_decay)
 
 
-# ------------------------------------------------------------------------------------- warm start on the expert's play
+# -------------------------------------------------------------------------------------- warm start on the expert's play
 
 def demonstrations(chat, cfg, env, skills, rng, noise=0.1):
     """One episode of env's expert (or, for the share cfg.sft_careless, of its careless shopper) -> a Row per turn.
 
-    Careful play stands behind a prompt with the skills when there is careless play to tell it from. Every tenth move is a
-    random one that is not cloned: it leads to the pages from which one must find back.
+    Careful play stands behind a prompt with the skills when there is careless play to tell it from. Every tenth move is
+    a random one that is not cloned: it leads to the pages from which one must find back.
     """
     careless = rng.random() < cfg.sft_careless
     observation, info = env.reset(options={"split": "train", "task_id": rng.randrange(env.num_tasks("train"))})
@@ -921,29 +941,50 @@ def demonstrations(chat, cfg, env, skills, rng, noise=0.1):
     return rows
 
 
-def warm_start_step(policy, optimizer, cfg, env, skills, step):
-    """Clones about cfg.sft_tokens tokens of demonstrations, by likelihood -> metrics."""
+def copy_rows(vocabulary, rng, apart, count=64, span=10):
+    """Rows whose prompt ends with the first token of a random stretch seen before, and whose response is the rest of it."""
+    def draw(low, high):
+        return tuple(rng.choices(range(vocabulary), k=rng.randint(low, high)))
+
+    rows = []
+    for _ in range(count):
+        stretch = draw(2, span)
+        rows.append(Row(draw(0, apart) + stretch + draw(0, apart) + stretch[:1], (), stretch[1:], 1.0))
+    return rows
+
+
+def warm_start_rows(policy, cfg, env, skills, step):
+    """About cfg.sft_tokens tokens of demonstrations.
+
+    An untrained model gets exercises first: in the first fifth of the steps it copies random tokens, first near, then far;
+    then short demonstrations come in, and longer ones until two fifths are over.
+    """
     rng = random.Random(f"{cfg.seed} demonstrations {step}")
+    progress = step / cfg.sft_steps if cfg.model == "new" else 1.0
+    if progress < 0.2:
+        return copy_rows(len(policy.chat.tokenizer), rng, apart=8 + int(max(0, progress - 0.1) * 1000))
+    longest = 128 + (progress - 0.2) * 5 * cfg.max_prompt_tokens if progress < 0.4 else math.inf
     rows, size = [], 0
-    # An untrained model learns to copy on short rows: longer ones come in over the first third of the warm start.
-    longest = 128 + 3 * step / cfg.sft_steps * cfg.max_prompt_tokens if cfg.model == "new" else math.inf
     while size < cfg.sft_tokens:
-        episode = demonstrations(policy.chat, cfg, env, skills, rng)
-        episode = [row for row in episode if len(row.prompt_ids) <= longest]
+        episode = [row for row in demonstrations(policy.chat, cfg, env, skills, rng) if len(row.prompt_ids) <= longest]
         rows += episode
         size += sum(len(row.prompt_ids) + len(row.response_ids) for row in episode)
+    return rows
+
+
+def warm_start_step(policy, optimizer, cfg, env, skills, step):
+    """One optimiser step of likelihood on warm_start_rows -> metrics."""
+    rows = warm_start_rows(policy, cfg, env, skills, step)
+    size = sum(len(row.prompt_ids) + len(row.response_ids) for row in rows)
     num_tokens = sum(len(row.response_ids) for row in rows)
-    if cfg.sft_prompt_coef:  # the prompt becomes part of what is learned, with a weight of its own
-        rows = [Row(row.prompt_ids[:1], (), row.prompt_ids[1:] + row.response_ids,
-                    [cfg.sft_prompt_coef] * (len(row.prompt_ids) - 1) + [1.0] * len(row.response_ids)) for row in rows]
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for bundles in micro_batches(rows, cfg.micro_tokens):
         batch = pack_bundles(policy, bundles)
         logp, _ = kernels.fused_logprob(*head_inputs(policy, policy.model, batch), batch.targets)
-        weight = column(list(itertools.chain(*bundles)), "advantage", logp.device)
-        (-(weight * logp).sum() / num_tokens).backward()
-        total -= logp.detach()[weight == 1].sum().item() / num_tokens
+        loss = -logp.sum() / num_tokens
+        loss.backward()
+        total += loss.item()
     progress = step / cfg.sft_steps
     lr = cfg.sft_lr * min(1, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * progress))
     norm = optimizer_step(policy.model, optimizer, lr, cfg)
@@ -964,25 +1005,60 @@ def new_model(cfg, vocabulary=1536, episodes=1500):
         observation, info = env.reset(options={"split": "train", "task_id": rng.randrange(env.num_tasks("train"))})
         action = "search[words]"
         for _ in range(cfg.max_turns):
-            context = Context(info["task"], info["task_type"], (("", action),), observation, tuple(info["admissible"] or ()))
+            context = Context(info["task"], info["task_type"], (("", action),), observation, tuple(info["admissible"]))
             thought, action = env.demonstrate(rng, careless=rng.random() < 0.5)
             texts += ["user\n", render(cfg, context, skills[info["task_type"]]), "assistant\n", thought, action]
             observation, _, terminated, truncated, info = env.step(action)
             if terminated or truncated:
                 break
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, vocabulary - 6)
+    # Without brackets, so that none grows into a token with the word behind it: a label is then the same tokens in the
+    # page and in the action.
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator((text.replace("[", "\n") for text in texts), vocabulary - 6)
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
                                   "additional_special_tokens": ["<|im_start|>"]})
-    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>", "<action>", "</action>")])
+    tags = ("<think>", "</think>", "<action>", "</action>")
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
     tokenizer.chat_template = CHATML
-    size = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    size = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+                num_key_value_heads=2)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), max_position_embeddings=4096, tie_word_embeddings=True, use_sliding_window=False,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, **size))
+    look_back(model)
+    join_spellings(model, tokenizer)
     return model, tokenizer
 
 
-# ----------------------------------------------------------------------------------------------- run folder, checkpoints
+@torch.no_grad()
+def join_spellings(model, tokenizer):
+    """Lets a word with and without a blank before it start out as one vector, but for a difference that all words share.
+
+    They are two tokens, and a word of the task often stands without its blank in an action.
+    """
+    ids, embedding = tokenizer.get_vocab(), model.get_input_embeddings().weight  # [V, D]
+    pairs = [(ids["Ġ" + word], number) for word, number in ids.items() if "Ġ" + word in ids]
+    after_blank, alone = torch.tensor(pairs).T
+    embedding[alone] = embedding[after_blank] + torch.randn(embedding.shape[1]) * model.config.initializer_range
+
+
+@torch.no_grad()
+def look_back(model, frequencies=4, strength=6.0):
+    """Makes the first two heads of the first layer start out attending one and two tokens back.
+
+    Copying needs such heads, and finding them takes an untrained model most of its training. A key bias k and a query bias
+    k rotated back by n positions give, under rotary embedding, the score |k|^2 sum cos((distance - n) angle): largest at n.
+    """
+    attention, config = model.model.layers[0].self_attn, model.config
+    half = attention.head_dim // 2
+    angle = config.rope_parameters["rope_theta"] ** (-torch.arange(frequencies) / half)  # radians a token, fastest first
+    attention.k_proj.bias.view(-1, 2, half)[0, 0, :frequencies] = strength  # the key head that both query heads share
+    for back in (1, 2):
+        query = attention.q_proj.bias.view(-1, 2, half)[back - 1]
+        query[0, :frequencies] = strength * torch.cos(back * angle)
+        query[1, :frequencies] = -strength * torch.sin(back * angle)
+
+
+# ---------------------------------------------------------------------------------------------- run folder, checkpoints
 
 def save_checkpoint(run, policy, optimizer, phase, step, keep=2):
     """Writes <run>/checkpoint-<step> (checkpoint-sft-<step> in the warm start) aside and renames it: never half a one.
@@ -1012,8 +1088,11 @@ def checkpoints(run):
 def provenance():
     """Versions and commit, for config.json."""
     names = ("torch", "transformers", "tokenizers", "gymnasium", "numpy", "rapidfuzz")
-    git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {"python": platform.python_version(), "commit": git.stdout.strip() or None,
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return {"python": platform.python_version(), "commit": commit,
             "packages": {name: metadata.version(name) for name in names}}
 
 
@@ -1021,13 +1100,13 @@ def open_run(cfg):
     """Makes the run folder and its config.json. Raises UserError if it holds another run or cannot be written."""
     run = Path(cfg.out)
     if (run / "config.json").exists() and checkpoints(run):
-        raise UserError(f"{run} already holds a run: go on with it by --resume {run}, or choose another folder with --out.")
+        raise UserError(f"{run} already holds a run: go on with it by --resume {run}, or choose another with --out.")
     try:
         (run / "episodes").mkdir(parents=True, exist_ok=True)
         (run / "config.json").write_text(json.dumps(dataclasses.asdict(cfg) | {"provenance": provenance()}, indent=1))
         (run / "metrics.jsonl").write_text("")
     except OSError as error:
-        raise UserError(f"The run folder {run} cannot be written ({error.strerror}): choose another with --out.") from error
+        raise UserError(f"The run folder {run} cannot be written ({error.strerror}): choose another by --out.") from error
     return run
 
 
@@ -1044,13 +1123,13 @@ def read_run_config(run):
 
 
 def reopen_run(folder, explicit):
-    """--resume -> (config, run, last checkpoint). Only --steps, --threads and --report_to may differ from the first start."""
+    """--resume -> (config, run, last checkpoint). Only --steps, --threads and --report_to may differ from the start."""
     run = Path(folder)
     cfg = read_run_config(run)
     for name, value in explicit.items():
         if value != getattr(cfg, name) and name not in ("steps", "threads", "report_to"):
-            raise UserError(f"--{name} {value} contradicts the run in {run}, which has {getattr(cfg, name)}: leave it out, or "
-                            "start a new run with --out.")
+            raise UserError(f"--{name} {value} contradicts the run in {run}, which has {getattr(cfg, name)}: leave it "
+                            "out, or start a new run with --out.")
         setattr(cfg, name, value)
     validate(cfg, {}, {field.name: field for field in dataclasses.fields(Config)})
     found = checkpoints(run)
@@ -1058,7 +1137,7 @@ def reopen_run(folder, explicit):
         raise UserError(f"{run} holds no checkpoint yet: start it again without --resume, in another folder.")
     done = 0 if "sft" in found[-1].name else int(found[-1].name.rsplit("-", 1)[1])
     if cfg.steps < done:
-        raise UserError(f"--steps {cfg.steps} is less than the {done} steps that {run} already has: raise it or leave it out.")
+        raise UserError(f"--steps {cfg.steps} is less than the {done} steps that {run} already has: raise it.")
     return cfg, run, found[-1]
 
 
@@ -1076,7 +1155,8 @@ def restore(policy, cfg, run, checkpoint):
 def trim_metrics(run, phase, step):
     """Drops the lines that a killed run wrote after its last checkpoint; a half-written last line too."""
     kept = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+    path = run / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
         except ValueError:
@@ -1084,7 +1164,7 @@ def trim_metrics(run, phase, step):
         place, last = (entry["phase"] == "rl", entry["step"]), (phase == "rl", step)
         if place < last or place == last and "eval/success" not in entry:  # a panel is played after its checkpoint
             kept.append(line + "\n")
-    (run / "metrics.jsonl").write_text("".join(kept))
+    path.write_text("".join(kept))
 
 
 class Log:
@@ -1122,15 +1202,16 @@ def plot_curve(run, cfg):
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     entries = [e for e in entries if e["phase"] == "rl"]
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    styles = {"reward/success": ("training rollouts, T=%g" % cfg.temperature, dict(color="0.75", lw=1)),
-              "eval/success": ("panel of %d, T=%g" % (cfg.eval_tasks, cfg.eval_temperature), dict(color="C0", marker="o")),
-              "eval/greedy_success": ("panel of %d, greedy" % cfg.eval_tasks, dict(color="C1", marker="s"))}
+    panel = f"panel of {cfg.eval_tasks}"
+    styles = {"reward/success": (f"training rollouts, T={cfg.temperature:g}", dict(color="0.75", lw=1)),
+              "eval/success": (f"{panel}, T={cfg.eval_temperature:g}", dict(color="C0", marker="o")),
+              "eval/greedy_success": (f"{panel}, greedy", dict(color="C1", marker="s"))}
     for key, (label, style) in styles.items():
         points = [(e["step"], e[key]) for e in entries if key in e]
         if points:
             axes.plot(*zip(*points), label=label, **style)
     tasks = "official data" if cfg.data else "generated tasks"
-    axes.set(xlabel="step", ylabel="success rate", ylim=(0, 1), title=f"{cfg.method} on {cfg.env} ({tasks}), {cfg.model}")
+    axes.set(xlabel="step", ylabel="success rate", ylim=(0, 1), title=f"{cfg.method} on {cfg.env} ({tasks})")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()
@@ -1146,36 +1227,42 @@ def dump_episodes(path, policy, episodes, rows=None):
             turns = []
             for turn in episode.turns:
                 row = next(rows, None)
+                tokens = policy.chat.tokenizer.convert_ids_to_tokens(list(turn.response.ids))
                 entry = {"observation": turn.context.observation, "text": turn.text, "action": turn.action,
-                         "valid": turn.valid, "stop": turn.response.stop, "logp": [round(x, 4) for x in turn.response.logp],
-                         "tokens": policy.chat.tokenizer.convert_ids_to_tokens(list(turn.response.ids))}
+                         "valid": turn.valid, "stop": turn.response.stop, "tokens": tokens,
+                         "logp": [round(x, 4) for x in turn.response.logp]}
                 if row is not None:
                     entry["advantage"] = row.advantage
                     if row.gap is not None:
                         entry |= {"gap": [round(x, 4) for x in row.gap], "gate": [round(x, 4) for x in row.gate]}
                 turns.append(entry)
-            file.write(json.dumps({"split": episode.task.split, "task_id": episode.task.task_id, "task_type": episode.task_type,
-                                   "task": episode.turns[0].context.task, "won": episode.won, "score": episode.score,
-                                   "done": episode.done, "turns": turns}, ensure_ascii=False) + "\n")
+            whole = {"split": episode.task.split, "task_id": episode.task.task_id, "task_type": episode.task_type,
+                     "task": episode.turns[0].context.task, "won": episode.won, "score": episode.score,
+                     "done": episode.done, "turns": turns}
+            file.write(json.dumps(whole, ensure_ascii=False) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
+# ----------------------------------------------------------------------------------------------------------------- main
+
+def mean(values):
+    values = list(values)
+    return sum(values) / max(len(values), 1)
+
 
 def episode_metrics(cfg, episodes):
     turns = [turn for e in episodes for turn in e.turns]
-    mean = lambda values: sum(values) / max(len(values), 1)
-    return {"reward/mean": mean([episode_return(cfg, e) for e in episodes]), "reward/success": mean([e.won for e in episodes]),
-            "reward/score": mean([e.score for e in episodes]), "rollout/turns": mean([len(e.turns) for e in episodes]),
-            "rollout/invalid": mean([not t.valid for t in turns]), "rollout/unfinished": mean([not e.done for e in episodes]),
-            "rollout/cut_off": mean([t.response.stop == "length" for t in turns]),
-            "rollout/response_tokens": mean([len(t.response.ids) for t in turns])}
+    return {"reward/mean": mean(episode_return(cfg, e) for e in episodes), "reward/success": mean(e.won for e in episodes),
+            "reward/score": mean(e.score for e in episodes), "rollout/turns": mean(len(e.turns) for e in episodes),
+            "rollout/unfinished": mean(not e.done for e in episodes), "rollout/invalid": mean(not t.valid for t in turns),
+            "rollout/cut_off": mean(t.response.stop == "length" for t in turns),
+            "rollout/response_tokens": mean(len(t.response.ids) for t in turns)}
 
 
 def panel_tasks(cfg, env, split="val"):
     """The fixed panel: the first tasks of the validation split, the same for every run."""
-    size = env.num_tasks(split)
+    size = guard(Task(split, 0, 0), "counting tasks", env.num_tasks, split)
     if size < cfg.eval_tasks:
-        raise UserError(f"--eval_tasks {cfg.eval_tasks} is more than the {size} tasks of split {split!r} of {cfg.env}: lower it.")
+        raise UserError(f"--eval_tasks {cfg.eval_tasks} is more than the {size} tasks of split {split!r}: lower it.")
     return [Task(split, i, i) for i in range(cfg.eval_tasks)]
 
 
@@ -1188,12 +1275,12 @@ def evaluate(policy, cfg, environments, temperature, skills=None):
 def panel_metrics(policy, cfg, environments):
     sampled = evaluate(policy, cfg, environments, cfg.eval_temperature)
     greedy = evaluate(policy, cfg, environments, 0)
-    return {"eval/success": sum(e.won for e in sampled) / len(sampled), "eval/score": sum(e.score for e in sampled) / len(sampled),
-            "eval/greedy_success": sum(e.won for e in greedy) / len(greedy)}
+    return {"eval/success": mean(e.won for e in sampled), "eval/score": mean(e.score for e in sampled),
+            "eval/greedy_success": mean(e.won for e in greedy)}
 
 
 def step_tasks(cfg, env, step):
-    """Tasks of a training step, drawn by (seed, step) alone: a resumed run sees the same ones. Groups are neighbours."""
+    """Tasks of a training step, drawn by (seed, step) alone, so that a resumed run sees the same; groups are neighbours."""
     size = env.num_tasks("train")
     if size < cfg.tasks:
         raise UserError(f"--tasks {cfg.tasks} is more than the {size} training tasks of {cfg.env}: lower it.")
@@ -1277,6 +1364,7 @@ def train(cfg, run, resumed=None):
         panel_tasks(cfg, environments[0])
     skills = load_skills(cfg, environments[0].task_types)
     policy = load_policy(cfg)
+    check_prompt_limit(policy, cfg, environments[0])
     state = {"phase": "sft" if cfg.sft_steps else "rl", "step": 0, "optimizer": None}
     if resumed:
         state["phase"], state["step"], state["optimizer"] = restore(policy, cfg, run, resumed)
@@ -1313,9 +1401,10 @@ def train(cfg, run, resumed=None):
             saved = save()
         except KeyboardInterrupt:
             saved = save()
-            bar.write(f"stopped after step {state['step']}, saved in {saved}; go on with: python sdar.py --resume {run}")
+            bar.write(f"stopped after step {state['step']}, saved in {saved}; go on: python sdar.py --resume {run}")
             return 130
-    print(f"saved in {saved}; curve in {run / 'curve.png'}; evaluate it: python eval.py {saved}")
+    curve = f"; curve in {run / 'curve.png'}" if cfg.eval_every else ""
+    print(f"saved in {saved}{curve}; evaluate it: python eval.py {saved}")
     return 0
 
 
@@ -1331,6 +1420,8 @@ def main(argv=None):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step: nothing to save yet
+        return 130
 
 
 if __name__ == "__main__":
