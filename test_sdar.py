@@ -422,7 +422,7 @@ def test_student_and_teacher_packs_have_the_same_response_ids(policy, rows):
 
 def test_micro_batches_are_the_same_with_and_without_a_teacher(rows):
     alone = [dataclasses.replace(row, teacher_ids=()) for row in rows]
-    shapes = [[[[(r.prompt_ids, r.response_ids) for r in b] for b in bs] for bs in sdar.micro_batches(some, 900)]
+    shapes = [[[[(r.prompt_ids, r.response_ids) for r in b] for b in bs] for bs in sdar.micro_batches(some, 400)]
               for some in (rows, alone)]
     assert shapes[0] == shapes[1] and len(shapes[0]) > 1 and any(row.teacher_ids for row in rows)
 
@@ -454,16 +454,15 @@ def test_sampler_and_trainer_agree_on_log_probs(policy, played):
 
 
 def test_sdar_with_lambda_zero_is_grpo_bit_for_bit(policy, rows, skills, played):
-    grpo, gradient, _, metrics = update(policy, rows, config(**NO_TEACHER))
+    grpo, _, _, metrics = update(policy, rows, config(**NO_TEACHER))
     zero, _, _, more = update(policy, rows, config(sdar_coef=0.0))
     assert same(grpo, zero) and metrics["grpo/loss"] == more["grpo/loss"] and more["sdar/gap_abs"] > 0.001
     assert not same(grpo, update(policy, rows, config(sdar_coef=0.1))[0])
     assert not same(grpo, dict(policy.model.named_parameters()))
-    bare = sdar.make_rows(policy, config(**NO_TEACHER), played, skills)[
-        0]  # without a teacher the order of packs may differ
-    assert [r.advantage for r in bare] == [r.advantage for r in rows] and bare[0].teacher_ids == () != rows[
-        0].teacher_ids
-    assert (update(policy, bare, config(**NO_TEACHER))[1] - gradient).norm() < 2e-6 * gradient.norm()
+    bare, _ = sdar.make_rows(policy, config(**NO_TEACHER), played, skills)
+    assert [r.advantage for r in bare] == [r.advantage for r in rows]
+    assert bare[0].teacher_ids == () != rows[0].teacher_ids
+    assert same(grpo, update(policy, bare, config(**NO_TEACHER))[0])
 
 
 def test_a_teacher_that_sees_the_students_prompt_has_no_gap(policy, played):
@@ -847,6 +846,72 @@ def test_an_action_that_the_page_does_not_offer_is_invalid_unless_the_check_is_o
         monkeypatch.setattr(sdar, "sample", scripted(environments, policy.chat, act))
         episodes = sdar.rollout(policy, environments, sdar.step_tasks(cfg, environments[0], 0), cfg)
         assert [[t.valid for t in e.turns] for e in episodes] == [[True, not check]] * 4
+
+
+# ----------------------------------------------------------------------------------------------------------- warm start
+
+@pytest.fixture(scope="module")
+def untrained():
+    """(model, tokenizer) as the embedded model starts."""
+    torch.manual_seed(0)
+    return sdar.new_model(config(), vocabulary=700, episodes=30)
+
+
+def test_an_untrained_models_first_heads_look_one_and_two_tokens_back(untrained):
+    model = copy.deepcopy(untrained[0])
+    model.set_attn_implementation("eager")
+    attention = model(torch.randint(0, 700, (1, 300)), output_attentions=True).attentions[0][0]  # [heads, L, L]
+    at = torch.arange(3, 300)
+    for head, back in ((0, 1), (1, 2)):
+        assert (attention[head, at].argmax(-1) == at - back).all() and attention[head, at, at - back].mean() > 0.9
+    assert attention[2, at, at - 1].mean() < 0.2
+
+
+def test_an_untrained_model_has_one_vector_for_both_spellings_of_a_word_but_for_a_common_difference(untrained):
+    model, tokenizer = untrained
+    embedding, ids = model.get_input_embeddings().weight, tokenizer.get_vocab()
+    words = [word for word in ids if "Ġ" + word in ids]
+    differences = torch.stack([embedding[ids[word]] - embedding[ids["Ġ" + word]] for word in words])
+    assert len(words) >= 20 and (differences - differences[0]).abs().max() < 1e-6 < 1e-3 < differences.abs().max()
+
+
+def test_the_new_tokenizer_is_the_same_after_saving_and_loading(untrained, tmp_path):
+    from transformers import AutoTokenizer
+
+    model, tokenizer = untrained
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = "[kora-limu] Lamp $20.97, 1024<think>use every detail</think><action>click[red] é\n</action>"
+    for chat in (sdar.Chat(tokenizer), sdar.Chat(loaded)):
+        assert chat.prompt(text) == sdar.Chat(tokenizer).prompt(text)
+        assert chat.tokenizer.decode(chat.encode(text)) == text
+
+
+def test_a_label_is_the_same_tokens_in_the_page_and_in_the_action(untrained):
+    chat = sdar.Chat(untrained[1])
+    page, action = chat.encode("color [black] [red]"), chat.encode("<action>click[black]</action>")
+    label = action[action.index(chat.encode("click[")[-1]) + 1 : -2]
+    assert any(page[i : i + len(label)] == label for i in range(len(page)))
+
+
+def test_copying_exercises_repeat_a_stretch_of_the_prompt():
+    for row in sdar.copy_rows(700, random.Random(0), apart=20):
+        stretch = row.prompt_ids[-1:] + row.response_ids
+        starts = range(len(row.prompt_ids) - 1)
+        assert any(row.prompt_ids[i : i + len(stretch)] == stretch for i in starts) and len(row.response_ids) >= 1
+
+
+def test_careful_demonstrations_hold_the_skills_and_careless_ones_do_not(policy, skills):
+    env, rng = envs.make("webshop"), random.Random(0)
+    seen = collections.Counter()
+    for careless in (0.5, 1.0, 0.0):
+        for _ in range(20):
+            rows = sdar.demonstrations(policy.chat, config(max_turns=15, sft_careless=careless), env, skills, rng)
+            shown = {"Skills:" in policy.chat.tokenizer.decode(row.prompt_ids) for row in rows}
+            assert len(shown) <= 1 and all(row.response_ids[-1] == policy.chat.tokenizer.eos_token_id for row in rows)
+            seen[careless, shown.pop() if shown else None] += 1
+    assert seen[0.5, True] > 3 and seen[0.5, False] > 3 and seen[1.0, False] >= 19 and seen[0.0, False] >= 19
 
 
 # ----------------------------------------------------------------------------------------------------------- run folder
