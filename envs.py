@@ -836,11 +836,11 @@ WEBSHOP_HUMAN_REQUESTS = [
 
 
 def webshop_catalogue() -> dict:
-    """1,008 or more generated products with their instructions, in the three official files' schema.
+    """1,026 generated products with their instructions, in the three official files' schema.
 
-    Every call gives the same. A product is defined by its type, two of the type's six attributes and a brand. Products
-    of one type are near-duplicates that differ in an attribute, and have the same options. In two of seven pairs of
-    attributes there is a dear twin, listed (so, at equal BM25, ranked) before the cheap one: it is 50 to 90 dollars
+    Every call gives the same. A product is defined by its type, two of the type's seven attributes and a brand. Products
+    of one type are near-duplicates that differ in an attribute, and have the same options. In an eighth of the pairs
+    of attributes there is a dear twin, listed (so, at equal BM25, ranked) before the cheap one: it is 50 to 90 dollars
     above it, which the goal's bound, at most 40 above the price, never allows. In a tenth of the pairs the second
     attribute stands in the first bullet point and not in the title.
 
@@ -861,13 +861,13 @@ def webshop_catalogue() -> dict:
         kind = {"category": department, "query": _plural(noun), "images": ["https://example.com/picture.jpg"],
                 "product_category": f"{root} › {group} › {_plural(noun).title()}",
                 "customization_options": _draw_options(rng, options, option_count)}
-        pool = rng.sample(attributes.split(", "), 6)
-        pairs = rng.sample([(a, b) for a in pool for b in pool if pool.index(a) < pool.index(b)], 14)
+        pool = rng.sample(attributes.split(", "), 7)
+        pairs = rng.sample([(a, b) for a in pool for b in pool if pool.index(a) < pool.index(b)], 16)
         for number, pair in enumerate(pairs):
             pair = rng.sample(pair, 2)
             hidden = rng.random() < 0.1
             price = rng.randrange(50, 450) / 10
-            prices = [round(price + rng.randrange(500, 900) / 10, 1), price] if number < 4 else [price]
+            prices = [round(price + rng.randrange(500, 900) / 10, 1), price] if number < 2 else [price]
             products = [kind | _product(rng, asins.pop(), brand, pair, noun, price, hidden)
                         for brand, price in zip(rng.sample(WEBSHOP_BRANDS, 2), prices)]
             catalogue["items"] += products
@@ -1032,7 +1032,7 @@ def _choose_options(env, careless) -> tuple[str, str]:
         if value not in env.options.values():
             if careless("skip_options"):
                 return "good enough", "click[buy now]"
-            return f"choose the {name}", f"click[{value}]"
+            return f"choose {name}: {value}", f"click[{value}]"
     return "all is chosen", "click[buy now]"
 
 

@@ -448,7 +448,9 @@ def load_policy(cfg):
         model, tokenizer = new_model(cfg)
     else:
         path = str(TINY) if cfg.model == "tiny" else cfg.model
-        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
+        parent = Path(path).parent
+        looks_local = parent.is_dir() if parent != Path(".") else Path(path).exists()
+        looks_local |= path.startswith((".", "/", "~")) or path.count("/") > 1
         if looks_local and not (Path(path) / "config.json").is_file():
             raise UserError(f"There is no model in {path!r} (no config.json): give tiny, a folder written by "
                             "save_pretrained, or a name such as Qwen/Qwen2.5-1.5B-Instruct.")

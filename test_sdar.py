@@ -1298,7 +1298,7 @@ def assert_same_as_dense(student, teacher, weight, targets, tol=2e-5, **options)
 
 @pytest.fixture(params=["all kept", "some kept", "nothing kept"])
 def small_chunks(request, monkeypatch):
-    """Seven tokens a chunk: 43 tokens head_inputs seven chunks with a ragged tail; all, some, or no log-probabilities kept."""
+    """Seven tokens a chunk: 43 tokens make seven chunks with a ragged tail; all, some, or no log-probabilities kept."""
     monkeypatch.setattr(kernels, "chunk_rows", lambda vocab, device: 7)
     keep_bytes = {"all kept": 2**27, "some kept": 17 * 131 * 8, "nothing kept": 0}[request.param]
     monkeypatch.setattr(kernels, "KEEP_BYTES", keep_bytes)
@@ -2086,7 +2086,7 @@ def test_the_catalogue_is_large_varied_and_the_same_at_each_call(generated):
     assert len({item["query"] for item in items}) >= 50
     assert all(len(item["asin"]) <= 10 and 4 <= len(item["name"].split()) <= 7 for item in items)
     human = [entry for entries in generated["human"].values() for entry in entries]
-    assert 120 <= len(human) <= 180 and all(len(entry["instruction_attributes"]) == 2 for entry in human)
+    assert 150 <= len(human) <= 240 and all(len(entry["instruction_attributes"]) == 2 for entry in human)
 
 
 def test_products_of_a_type_share_their_options_and_some_types_have_none(generated):
@@ -2107,9 +2107,9 @@ def test_every_product_has_neighbours_that_differ_in_one_attribute(generated):
         assert sum(other == query and len(pair & near) == 1 for other, near in pairs) >= 3
 
 
-def test_a_quarter_of_the_combinations_has_a_dear_twin_ranked_before_the_cheap_one(generated, shop):
+def test_an_eighth_of_the_combinations_has_a_dear_twin_ranked_before_the_cheap_one(generated, shop):
     twins = [items for items in groups(generated).values() if len(items) == 2]
-    assert 0.22 <= len(twins) / len(groups(generated)) <= 0.32
+    assert len(twins) / len(groups(generated)) == pytest.approx(1 / 8, abs=0.01)
     for dear, cheap in twins:  # in generated order
         assert 50 <= float(dear["pricing"][1:]) - float(cheap["pricing"][1:]) <= 90
         bounds = {goal["price_upper"] for goal in shop.goals if goal["asin"] == cheap["asin"]}
@@ -2203,7 +2203,7 @@ def test_careless_shopping_wins_a_fifth_and_each_habit_matters_alone_or_together
     habits = dict(envs.WEBSHOP_HABITS)
     assert 0.12 <= success(**habits) <= 0.28
     assert success() == 1
-    assert success(any_price=0.6, keep_wrong=1.0) < 0.92
+    assert success(any_price=0.6, keep_wrong=1.0) < 0.96
     assert success(skip_options=0.5) < 0.45
     assert success(any_price=0.6, vague_query=0.6, keep_wrong=1.0) < success(any_price=0.6, keep_wrong=1.0) - 0.1
 

@@ -1,7 +1,8 @@
-"""Times of one training step and of WebShop, as in the README. Run from the repository's root:
+"""The README's measurements and its learning curve. Run from the repository's root; each writes results/<name>.json:
 
-    python results/measure.py step       a GRPO step against TRL's (pip install trl datasets accelerate), -> results/step.json
-    python results/measure.py webshop    steps a second, loading,                                         -> results/webshop.json
+    python results/measure.py step               a GRPO step against TRL's (pip install trl datasets accelerate)
+    python results/measure.py webshop            steps a second, loading
+    python results/measure.py curves RUN RUN ..  success on the panel of some finished runs; draws results/curve.png too
 
 Ours and TRL's steps run in this one process, block by block in turn: the ratio is fair where the seconds are not.
 """
@@ -120,13 +121,53 @@ def measure_webshop(episodes=2000):
     return {"products": len(env.products), "goals": len(env.goals), "load_s": load, "steps": steps, "steps_per_s": steps / seconds}
 
 
+def panel_points(run):
+    """A run folder -> its method, seed, training minutes and the panel's (step, sampled, greedy) points."""
+    cfg = sdar.read_run_config(Path(run))
+    entries = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    entries = [entry for entry in entries if entry["phase"] == "rl"]
+    points = [(e["step"], e["eval/success"], e["eval/greedy_success"]) for e in entries if "eval/success" in e]
+    provenance = json.loads((Path(run) / "config.json").read_text())["provenance"]
+    return {"method": cfg.method, "seed": cfg.seed, "threads": cfg.threads, "points": points, "commit": provenance["commit"],
+            "training_minutes": sum(e.get("time/step", 0.0) for e in entries) / 60}
+
+
+def measure_curves(*runs):
+    """Table and picture: a thin line a seed, a thick one for the mean of a method; sampled left, greedy right."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    found = [panel_points(run) for run in runs]
+    figure, panes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for color, method in zip(("C0", "C1"), sorted({run["method"] for run in found}, reverse=True)):
+        of_method = [run for run in found if run["method"] == method]
+        for pane, (column, title) in zip(panes, ((1, "sampled at T=0.4"), (2, "greedy"))):
+            lines = [[(point[0], point[column]) for point in run["points"]] for run in of_method]
+            for line in lines:
+                pane.plot(*zip(*line), color=color, alpha=0.35, lw=1)
+            means = [(points[0][0], sum(p[1] for p in points) / len(points)) for points in zip(*lines)]
+            pane.plot(*zip(*means), color=color, marker="o", ms=4, label=f"{method}, mean of {len(lines)} seeds")
+            pane.set(title=title, xlabel="training step", ylim=(0, 1))
+            pane.grid(alpha=0.3)
+    panes[0].set_ylabel("success on 128 unseen generated tasks")
+    panes[1].legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(HERE / "curve.png", dpi=120)
+    for run in found:
+        (_, first, first_greedy), (step, last, last_greedy) = run["points"][0], run["points"][-1]
+        print(f"{run['method']:5} seed {run['seed']}: sampled {first:.3f} -> {last:.3f}, greedy {first_greedy:.3f} -> "
+              f"{last_greedy:.3f} in {step} steps, {run['training_minutes']:.1f} min of training")
+    return {"runs": found}
+
+
 def main():
-    what = {"step": measure_step, "webshop": measure_webshop}
-    if len(sys.argv) != 2 or sys.argv[1] not in what:
-        sys.exit(f"usage: python results/measure.py {'|'.join(what)}")
-    report = {"command": shlex.join(["python", "results/measure.py", sys.argv[1]]), "torch": torch.__version__,
+    what = {"step": measure_step, "webshop": measure_webshop, "curves": measure_curves}
+    name, *arguments = sys.argv[1:] or [""]
+    if name not in what or (name == "curves") != bool(arguments):
+        sys.exit("usage: python results/measure.py step | webshop | curves RUN RUN ..")
+    report = {"command": shlex.join(["python", "results/measure.py", *sys.argv[1:]]), "torch": torch.__version__,
               "python": platform.python_version(), "threads": torch.get_num_threads()}
-    (HERE / f"{sys.argv[1]}.json").write_text(json.dumps(report | what[sys.argv[1]](), indent=1) + "\n")
+    (HERE / f"{name}.json").write_text(json.dumps(report | what[name](*arguments), indent=1) + "\n")
 
 
 if __name__ == "__main__":
