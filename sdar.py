@@ -943,10 +943,10 @@ def demonstrations(chat, cfg, env, skills, rng, noise=0.1):
     return rows
 
 
-def copy_rows(vocabulary, rng, apart, count=64, span=10):
-    """Rows whose prompt ends with the first token of a random stretch seen before, and whose response is the rest of it."""
+def copy_rows(tokens, rng, apart, count=64, span=10):
+    """Rows whose prompt ends with the first token of a random stretch seen before; the response is the rest of it."""
     def draw(low, high):
-        return tuple(rng.choices(range(vocabulary), k=rng.randint(low, high)))
+        return tuple(rng.choices(tokens, k=rng.randint(low, high)))
 
     rows = []
     for _ in range(count):
@@ -964,7 +964,9 @@ def warm_start_rows(policy, cfg, env, skills, step):
     rng = random.Random(f"{cfg.seed} demonstrations {step}")
     progress = step / cfg.sft_steps if cfg.model == "new" else 1.0
     if progress < 0.2:
-        return copy_rows(len(policy.chat.tokenizer), rng, apart=8 + int(max(0, progress - 0.1) * 1000))
+        tokenizer = policy.chat.tokenizer  # telling the spellings of a word apart here would tear them asunder
+        tokens = sorted(set(range(len(tokenizer))) - {alone for _, alone in spellings(tokenizer)})
+        return copy_rows(tokens, rng, apart=8 + int(max(0, progress - 0.1) * 1000))
     longest = 128 + (progress - 0.2) * 5 * cfg.max_prompt_tokens if progress < 0.4 else math.inf
     rows, size = [], 0
     while size < cfg.sft_tokens:
@@ -1031,15 +1033,20 @@ def new_model(cfg, vocabulary=1536, episodes=1500):
     return model, tokenizer
 
 
+def spellings(tokenizer):
+    """Pairs (token of a word after a blank, token of the same word without)."""
+    ids = tokenizer.get_vocab()
+    return [(ids["Ġ" + word], number) for word, number in ids.items() if "Ġ" + word in ids]
+
+
 @torch.no_grad()
 def join_spellings(model, tokenizer):
-    """Lets a word with and without a blank before it start out as one vector, but for a difference that all words share.
+    """Lets both spellings of a word start out as one vector, but for a difference that all words share.
 
-    They are two tokens, and a word of the task often stands without its blank in an action.
+    A word of the task stands after a blank there and often without one in an action: a copy all the same.
     """
-    ids, embedding = tokenizer.get_vocab(), model.get_input_embeddings().weight  # [V, D]
-    pairs = [(ids["Ġ" + word], number) for word, number in ids.items() if "Ġ" + word in ids]
-    after_blank, alone = torch.tensor(pairs).T
+    embedding = model.get_input_embeddings().weight  # [V, D]
+    after_blank, alone = torch.tensor(spellings(tokenizer)).T
     embedding[alone] = embedding[after_blank] + torch.randn(embedding.shape[1]) * model.config.initializer_range
 
 

@@ -872,6 +872,7 @@ def test_an_untrained_model_has_one_vector_for_both_spellings_of_a_word_but_for_
     embedding, ids = model.get_input_embeddings().weight, tokenizer.get_vocab()
     words = [word for word in ids if "Ġ" + word in ids]
     differences = torch.stack([embedding[ids[word]] - embedding[ids["Ġ" + word]] for word in words])
+    assert sorted(sdar.spellings(tokenizer)) == sorted((ids["Ġ" + word], ids[word]) for word in words)
     assert len(words) >= 20 and (differences - differences[0]).abs().max() < 1e-6 < 1e-3 < differences.abs().max()
 
 
@@ -896,7 +897,7 @@ def test_a_label_is_the_same_tokens_in_the_page_and_in_the_action(untrained):
 
 
 def test_copying_exercises_repeat_a_stretch_of_the_prompt():
-    for row in sdar.copy_rows(700, random.Random(0), apart=20):
+    for row in sdar.copy_rows(range(700), random.Random(0), apart=20):
         stretch = row.prompt_ids[-1:] + row.response_ids
         starts = range(len(row.prompt_ids) - 1)
         assert any(row.prompt_ids[i : i + len(stretch)] == stretch for i in starts) and len(row.response_ids) >= 1
