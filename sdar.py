@@ -964,7 +964,7 @@ def warm_start_rows(policy, cfg, env, skills, step):
     rng = random.Random(f"{cfg.seed} demonstrations {step}")
     progress = step / cfg.sft_steps if cfg.model == "new" else 1.0
     if progress < 0.2:
-        tokenizer = policy.chat.tokenizer  # telling the spellings of a word apart here would tear them asunder
+        tokenizer = policy.chat.tokenizer
         tokens = sorted(set(range(len(tokenizer))) - {alone for _, alone in spellings(tokenizer)})
         return copy_rows(tokens, rng, apart=8 + int(max(0, progress - 0.1) * 1000))
     longest = 128 + (progress - 0.2) * 5 * cfg.max_prompt_tokens if progress < 0.4 else math.inf
@@ -978,6 +978,8 @@ def warm_start_rows(policy, cfg, env, skills, step):
 
 def warm_start_step(policy, optimizer, cfg, env, skills, step):
     """One optimiser step of likelihood on warm_start_rows -> metrics."""
+    if cfg.model == "new" and step == math.ceil(0.2 * cfg.sft_steps):  # after the exercises, which move one spelling only
+        join_spellings(policy.model, policy.chat.tokenizer)
     rows = warm_start_rows(policy, cfg, env, skills, step)
     size = sum(len(row.prompt_ids) + len(row.response_ids) for row in rows)
     num_tokens = sum(len(row.response_ids) for row in rows)
@@ -1029,7 +1031,6 @@ def new_model(cfg, vocabulary=1536, episodes=1500):
         vocab_size=len(tokenizer), max_position_embeddings=4096, tie_word_embeddings=True, use_sliding_window=False,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, **size))
     look_back(model)
-    join_spellings(model, tokenizer)
     return model, tokenizer
 
 
@@ -1041,13 +1042,13 @@ def spellings(tokenizer):
 
 @torch.no_grad()
 def join_spellings(model, tokenizer):
-    """Lets both spellings of a word start out as one vector, but for a difference that all words share.
+    """Makes both spellings of a word one vector, but for a difference that all words share.
 
     A word of the task stands after a blank there and often without one in an action: a copy all the same.
     """
     embedding = model.get_input_embeddings().weight  # [V, D]
     after_blank, alone = torch.tensor(spellings(tokenizer)).T
-    embedding[alone] = embedding[after_blank] + torch.randn(embedding.shape[1]) * model.config.initializer_range
+    embedding[alone] = embedding[after_blank] + torch.randn(embedding.shape[1]) * embedding.std()
 
 
 @torch.no_grad()

@@ -867,8 +867,9 @@ def test_an_untrained_models_first_heads_look_one_and_two_tokens_back(untrained)
     assert attention[2, at, at - 1].mean() < 0.2
 
 
-def test_an_untrained_model_has_one_vector_for_both_spellings_of_a_word_but_for_a_common_difference(untrained):
-    model, tokenizer = untrained
+def test_joined_spellings_of_a_word_have_one_vector_but_for_a_common_difference(untrained):
+    model, tokenizer = copy.deepcopy(untrained[0]), untrained[1]
+    sdar.join_spellings(model, tokenizer)
     embedding, ids = model.get_input_embeddings().weight, tokenizer.get_vocab()
     words = [word for word in ids if "Ġ" + word in ids]
     differences = torch.stack([embedding[ids[word]] - embedding[ids["Ġ" + word]] for word in words])
