@@ -223,7 +223,7 @@ PRESETS = {"none": {}, "official": {
 
 # What a model of a million parameters needs instead of the paper's values, which are for billions.
 TINY_DEFAULTS = {
-    "tasks": 8, "steps": 30, "lr": 3e-4, "warmup": 3, "kl_coef": 0.0, "max_prompt_tokens": 512, "max_response_tokens": 32,
+    "tasks": 8, "steps": 60, "lr": 3e-4, "warmup": 3, "kl_coef": 0.0, "max_prompt_tokens": 512, "max_response_tokens": 32,
     "history_observations": False, "sft_lr": 3e-3, "sft_tokens": 4096, "micro_tokens": 16384}
 
 
