@@ -757,7 +757,7 @@ def test_the_experts_words_win_and_finished_episodes_stop_generating(policy, mon
     lazy = environments[0]  # never buys
     act = lambda env: "search[red]" if env is lazy else env.expert()
     monkeypatch.setattr(sdar, "sample", scripted(environments, policy.chat, act, calls))
-    episodes = sdar.rollout(policy, environments, sdar.step_tasks(cfg, lazy, 0), cfg)
+    episodes = sdar.rollout(policy, environments, sdar.step_tasks(cfg, lazy, 1), cfg)
     assert [e.won for e in episodes] == [e.done for e in episodes] == [False] + [True] * 11
     assert all(turn.valid and turn.action.startswith(("search[", "click[")) for e in episodes for turn in e.turns)
     lengths = [len(e.turns) for e in episodes]
