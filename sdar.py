@@ -33,11 +33,9 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import itertools
 import json
 import math
-import os
 import platform
 import random
 import shutil
@@ -45,7 +43,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -238,11 +236,7 @@ def make_config(explicit):
     for name, value in chosen.items():
         check_choice(fields[name], value)
     values = dict(TINY_DEFAULTS) if chosen["model"] in ("tiny", "new") else {}
-    if chosen["method"] == "grpo" and chosen["preset"] == "official":
-        values |= {"advantage_stats": "turn", "entropy_coef": 0.001, "check_admissible": False}
-    else:
-        values |= PRESETS[chosen["preset"]]
-    values |= METHODS[chosen["method"]]
+    values |= PRESETS[chosen["preset"]] | METHODS[chosen["method"]]
     cfg = Config(**(values | explicit))
     if cfg.out is None:
         names = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
@@ -332,6 +326,13 @@ class Context(NamedTuple):
     history: tuple  # of (observation, action), oldest first
     observation: str
     admissible: tuple
+
+
+def turn_context(cfg, info, observation, past=()):
+    """The context of an environment's page; past: all earlier (observation, action) pairs, of which the last are shown."""
+    shown = past[-cfg.history:] if cfg.history else ()
+    history = tuple((seen if cfg.history_observations else "", action) for seen, action in shown)
+    return Context(info["task"], info["task_type"], history, observation, tuple(info["admissible"] or ()))
 
 
 def load_skills(cfg, task_types):
@@ -589,14 +590,15 @@ def sample(policy, prompts, cfg, temperature, generator):
 
 def sample_batch(policy, prompts, cfg, temperature, generator):
     model, device = policy.model, policy.device
-    unique = sorted(set(prompts), key=prompts.index)
+    unique = list(dict.fromkeys(prompts))
+    number_of = {prompt: number for number, prompt in enumerate(unique)}
     longest = max(map(len, unique))
     ids = torch.tensor([(0,) * (longest - len(p)) + p for p in unique], device=device)  # [U, P], padded on the left
     real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique], device=device)
     with compute(policy):
         out = model(input_ids=ids, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp(min=0), use_cache=True,
                     logits_to_keep=1)
-    which = torch.tensor([unique.index(p) for p in prompts], device=device)
+    which = torch.tensor([number_of[p] for p in prompts], device=device)
     cache, logits, real = out.past_key_values, out.logits[which, -1].float(), real[which]
     cache.batch_select_indices(which)
     position = real.sum(1, keepdim=True)
@@ -677,9 +679,7 @@ def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, 
         fitted = []
         for i in active:
             observation, info = pages[i]
-            window = past[i][len(past[i]) - min(cfg.history, len(past[i])):]
-            shown = tuple((o if cfg.history_observations else "", a) for o, a in window)
-            context = Context(info["task"], info["task_type"], shown, observation, tuple(info["admissible"] or ()))
+            context = turn_context(cfg, info, observation, past[i])
             fitted.append(fit_prompt(policy.chat, cfg, context, skills[info["task_type"]] if skills else ""))
         responses = sample(policy, [ids for _, ids in fitted], cfg, temperature, generator)
         still = []
@@ -687,7 +687,7 @@ def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, 
             spoken = response.ids[:-1] if response.stop == "end" else response.ids
             text = policy.chat.tokenizer.decode(spoken)
             action, valid = envs.parse_action(cfg.env, text, official=not cfg.check_admissible)
-            observation, reward, terminated, truncated, info = guard(
+            observation, _, terminated, truncated, info = guard(
                 tasks[i], f"action {action!r} in turn {len(past[i]) + 1}", environments[i].step, action)
             valid = valid and (info["valid"] or not cfg.check_admissible)
             episodes[i].turns.append(Turn(context, ids, response, text, action, valid))
@@ -724,7 +724,7 @@ def check_prompt_limit(policy, cfg, env):
     """Raises UserError if the first task's prompt cannot be made to fit, before anything is saved."""
     task = Task("train", 0, 0)
     observation, info = guard(task, "reset", env.reset, options={"split": task.split, "task_id": task.task_id})
-    fit_prompt(policy.chat, cfg, Context(info["task"], info["task_type"], (), observation, tuple(info["admissible"] or ())))
+    fit_prompt(policy.chat, cfg, turn_context(cfg, info, observation))
 
 
 def episode_return(cfg, episode):
@@ -806,8 +806,7 @@ def micro_batches(rows, micro_tokens):
 
 def pack_bundles(policy, bundles, teacher=False):
     prompts = [bundle[0].teacher_ids if teacher else bundle[0].prompt_ids for bundle in bundles]
-    batch = pack(prompts, [[row.response_ids for row in bundle] for bundle in bundles], policy.device)
-    return batch
+    return pack(prompts, [[row.response_ids for row in bundle] for bundle in bundles], policy.device)
 
 
 def column(rows, name, device):
@@ -926,9 +925,7 @@ def demonstrations(chat, cfg, env, skills, rng, noise=0.1):
     text = skills[info["task_type"]] if cfg.sft_careless and not careless else ""
     rows, past = [], []
     for _ in range(cfg.max_turns):
-        window = past[len(past) - min(cfg.history, len(past)):]
-        shown = tuple((o if cfg.history_observations else "", a) for o, a in window)
-        context = Context(info["task"], info["task_type"], shown, observation, tuple(info["admissible"] or ()))
+        context = turn_context(cfg, info, observation, past)
         thought, action = env.demonstrate(rng, careless)
         if rng.random() < noise:
             action = rng.choice([a for a in info["admissible"] if "<" not in a and a != "click[buy now]"] or [action])
@@ -1011,7 +1008,7 @@ def new_model(cfg, vocabulary=1536, episodes=1500):
         observation, info = env.reset(options={"split": "train", "task_id": rng.randrange(env.num_tasks("train"))})
         action = "search[words]"
         for _ in range(cfg.max_turns):
-            context = Context(info["task"], info["task_type"], (("", action),), observation, tuple(info["admissible"]))
+            context = turn_context(cfg, info, observation, [("", action)])
             thought, action = env.demonstrate(rng, careless=rng.random() < 0.5)
             texts += ["user\n", render(cfg, context, skills[info["task_type"]]), "assistant\n", thought, action]
             observation, _, terminated, truncated, info = env.step(action)
@@ -1413,6 +1410,8 @@ def train(cfg, run, resumed=None):
             saved = save()
             bar.write(f"stopped after step {state['step']}, saved in {saved}; go on: python sdar.py --resume {run}")
             return 130
+        except UserError as error:  # an environment that raises, a gradient that overflows: the whole steps are kept
+            raise UserError(f"{error} All whole steps are saved in {save()}; --resume {run} goes on.") from error
     curve = f"; curve in {run / 'curve.png'}" if cfg.eval_every else ""
     print(f"saved in {saved}{curve}; evaluate it: python eval.py {saved}")
     return 0

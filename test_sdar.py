@@ -1187,6 +1187,21 @@ def test_an_environment_that_raises_ends_the_program_in_a_sentence(model_folder,
 
     monkeypatch.setattr(envs.WebShop, "step", fail)
     refused(flags(model_folder, tmp_path / "run"), "RuntimeError: out of stock", capsys)
+    assert (tmp_path / "run" / "checkpoint-0" / "state.pt").is_file()
+
+
+def test_an_environment_that_raises_later_loses_no_finished_step(model_folder, tmp_path, capsys, monkeypatch):
+    calls, step = [], envs.WebShop.step
+
+    def fail_later(self, action):
+        calls.append(action)
+        if len(calls) > 26:  # the panel twice 2 x 3 turns, a step 2 tasks x 2 episodes x 3 turns
+            raise RuntimeError("out of stock")
+        return step(self, action)
+
+    monkeypatch.setattr(envs.WebShop, "step", fail_later)
+    refused(flags(model_folder, tmp_path / "run", eval_every=9, save_every=9, steps=3), "checkpoint-1", capsys)
+    assert [path.name for path in sdar.checkpoints(tmp_path / "run")] == ["checkpoint-0", "checkpoint-1"]
 
 
 def test_folders_that_hold_another_run_or_none_are_refused(straight, model_folder, tmp_path, capsys):
