@@ -1200,7 +1200,9 @@ def test_an_environment_that_raises_later_loses_no_finished_step(model_folder, t
         return step(self, action)
 
     monkeypatch.setattr(envs.WebShop, "step", fail_later)
-    refused(flags(model_folder, tmp_path / "run", eval_every=9, save_every=9, steps=3), "checkpoint-1", capsys)
+    assert sdar.main(flags(model_folder, tmp_path / "run", eval_every=9, save_every=9, steps=3)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "out of stock" in error and "checkpoint-1" in error
     assert [path.name for path in sdar.checkpoints(tmp_path / "run")] == ["checkpoint-0", "checkpoint-1"]
 
 
