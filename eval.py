@@ -1,21 +1,21 @@
 """Plays the whole fixed panel with one model, with and without skills in its prompt, and compares two such results.
 
-    python eval.py runs/webshop-sdar-0/checkpoint-sft-200 --tasks 32
+    python eval.py tiny
 
-    runs/webshop-sdar-0/checkpoint-sft-200 on webshop (generated tasks, not the official ones)
-    32 tasks of val, panel fac1286219f2, T=0.4, episodes a task 1, seed 0
+    tiny on webshop (generated tasks, not the official ones)
+    128 tasks of val, panel ac853f6b6743, T=0.4, episodes a task 1, seed 0
 
     with skills in the prompt
       task type         n  success [95 %]          score [95 %]                 turns     invalid  unfinished
-      beauty            8  0.000 [0.000, 0.324]    0.025 [0.000, 0.075]          14.8       0.890       0.875
+      beauty           28  0.714 [0.529, 0.847]    0.907 [0.821, 0.971]           6.1       0.012       0.036
       ...
-      all              32  0.000 [0.000, 0.107]    0.006 [0.000, 0.019]          14.9       0.905       0.938
+      all             128  0.828 [0.753, 0.884]    0.957 [0.934, 0.975]           5.0       0.003       0.008
 
     with - without skills, paired by task
-      success +0.000 [+0.000, +0.000]  p 1 (McNemar)  no difference shown
-      score   +0.006 [+0.000, +0.019]  no difference shown
+      success +0.719 [+0.641, +0.797]  p 4.04e-28 (McNemar)  a difference
+      score   +0.509 [+0.454, +0.564]  a difference
 
-    python eval.py --compare runs/webshop-sdar-0/checkpoint-40/eval.json runs/webshop-grpo-0/checkpoint-40/eval.json
+    python eval.py --compare runs/webshop-sdar-0/checkpoint-60/eval.json runs/webshop-grpo-0/checkpoint-60/eval.json
 
 A checkpoint inside a run folder is played under its run's own settings (environment, data, skills, prompt, limits,
 seed); any other model under the defaults of sdar.py. Flags of the same names as there change either. A result holds
