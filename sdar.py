@@ -192,6 +192,8 @@ class Config:
     steps: int = option(150, "training steps")
     lr: float = option(1e-6, "learning rate")
     warmup: int = option(0, "steps of linear warm-up")
+    lr_schedule: str = option("constant", "after the warm-up: constant, or linear to 0 at the end of --steps",
+                              choices=("constant", "linear"))
     weight_decay: float = option(0.01, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradient norm clip")
     micro_tokens: int = option(4096, "padded tokens of a micro-batch; bounds the memory of an update")
@@ -221,8 +223,8 @@ PRESETS = {"none": {}, "official": {
 
 # What a model of a million parameters needs instead of the paper's values, which are for billions.
 TINY_DEFAULTS = {
-    "tasks": 8, "steps": 60, "lr": 3e-4, "warmup": 3, "kl_coef": 0.0, "max_prompt_tokens": 512, "max_response_tokens": 32,
-    "history_observations": False, "sft_lr": 3e-3, "sft_tokens": 4096, "micro_tokens": 16384}
+    "tasks": 8, "steps": 60, "lr": 4e-4, "lr_schedule": "linear", "warmup": 3, "kl_coef": 0.0, "max_prompt_tokens": 512,
+    "max_response_tokens": 32, "history_observations": False, "sft_lr": 3e-3, "sft_tokens": 4096, "micro_tokens": 16384}
 
 
 class UserError(Exception):
@@ -892,10 +894,15 @@ def train_step(policy, optimizer, rows, cfg, step):
             loss.backward()
             for name, value in metrics.items():
                 total[name] += float(value) / len(parts)
-        lr = cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1))
-        total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, lr, cfg) / len(parts)
+        total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, learning_rate(cfg, step), cfg) / len(parts)
     policy.model.eval()
     return dict(total)
+
+
+def learning_rate(cfg, step):
+    """The rate of step 0, 1, ..: a late step of full size would undo on one batch what many have taught."""
+    rate = cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1))
+    return rate * (1 - step / cfg.steps) if cfg.lr_schedule == "linear" else rate
 
 
 def optimizer_step(model, optimizer, lr, cfg):
@@ -976,7 +983,7 @@ def warm_start_rows(policy, cfg, env, skills, step):
 def warm_start_step(policy, optimizer, cfg, env, skills, step):
     """One optimiser step of likelihood on warm_start_rows -> metrics."""
     if cfg.model == "new" and step == math.ceil(0.2 * cfg.sft_steps):  # after the exercises, which move one spelling only
-        join_spellings(policy.model, policy.chat.tokenizer)
+        join_spellings(policy.model, policy.chat.tokenizer, cfg.seed)
     rows = warm_start_rows(policy, cfg, env, skills, step)
     size = sum(len(row.prompt_ids) + len(row.response_ids) for row in rows)
     num_tokens = sum(len(row.response_ids) for row in rows)
@@ -1038,14 +1045,15 @@ def spellings(tokenizer):
 
 
 @torch.no_grad()
-def join_spellings(model, tokenizer):
+def join_spellings(model, tokenizer, seed):
     """Makes both spellings of a word one vector, but for a difference that all words share.
 
     A word of the task stands after a blank there and often without one in an action: a copy all the same.
     """
     embedding = model.get_input_embeddings().weight  # [V, D]
     after_blank, alone = torch.tensor(spellings(tokenizer)).T
-    embedding[alone] = embedding[after_blank] + torch.randn(embedding.shape[1]) * embedding.std()
+    difference = torch.randn(embedding.shape[1], generator=torch.Generator().manual_seed(seed)).to(embedding)
+    embedding[alone] = embedding[after_blank] + difference * embedding.std()
 
 
 @torch.no_grad()

@@ -587,6 +587,12 @@ def test_the_entropy_term_raises_entropy(policy, rows):
     assert after > before + 1e-4
 
 
+def test_the_learning_rate_falls_to_zero_only_on_the_linear_schedule():
+    rates = lambda **more: [sdar.learning_rate(config(lr=1.0, steps=4, warmup=2, **more), step) for step in range(4)]
+    assert rates(lr_schedule="constant") == [0.5, 1, 1, 1]
+    assert rates(lr_schedule="linear") == [0.5, 0.75, 0.5, 0.25]
+
+
 def test_learning_rate_warms_up_and_a_broken_gradient_changes_nothing(policy, rows):
     moved = lambda cfg: (
         update(policy, rows, cfg, torch.optim.SGD)[0]["model.norm.weight"] - policy.model.model.norm.weight)
@@ -869,7 +875,7 @@ def test_an_untrained_models_first_heads_look_one_and_two_tokens_back(untrained)
 
 def test_joined_spellings_of_a_word_have_one_vector_but_for_a_common_difference(untrained):
     model, tokenizer = copy.deepcopy(untrained[0]), untrained[1]
-    sdar.join_spellings(model, tokenizer)
+    sdar.join_spellings(model, tokenizer, 0)
     embedding, ids = model.get_input_embeddings().weight, tokenizer.get_vocab()
     words = [word for word in ids if "Ġ" + word in ids]
     differences = torch.stack([embedding[ids[word]] - embedding[ids["Ġ" + word]] for word in words])
