@@ -2500,10 +2500,10 @@ def test_a_comparison_of_equals_says_that_no_difference_is_shown(tmp_path, capsy
 def test_a_comparison_names_settings_that_differ(tmp_path, capsys):
     a, b = result_file(tmp_path / "a.json", [1, 0]), result_file(tmp_path / "b.json", [1, 0])
     content = json.loads(Path(b).read_text())
-    content["config"]["max_turns"] = 7
+    content["config"]["max_turns"] = 6
     Path(b).write_text(json.dumps(content))
     assert evaluation.main(["--compare", a, b]) == 0
-    assert "settings that differ, A | B: model a | b, max_turns 15 | 7\n" in capsys.readouterr().out
+    assert "settings that differ, A | B: model a | b, max_turns 8 | 6\n" in capsys.readouterr().out
 
 
 def test_results_on_different_panels_are_not_compared(tmp_path, capsys):
