@@ -838,11 +838,11 @@ WEBSHOP_HUMAN_REQUESTS = [
 def webshop_catalogue() -> dict:
     """1,026 generated products with their instructions, in the three official files' schema.
 
-    Every call gives the same. A product is defined by its type, two of the type's seven attributes and a brand. Products
-    of one type are near-duplicates that differ in an attribute, and have the same options. In an eighth of the pairs
-    of attributes there is a dear twin, listed (so, at equal BM25, ranked) before the cheap one: it is 50 to 90 dollars
-    above it, which the goal's bound, at most 40 above the price, never allows. In a tenth of the pairs the second
-    attribute stands in the first bullet point and not in the title.
+    Every call gives the same. A product is defined by its type, two of the type's seven attributes and a brand.
+    Products of one type are near-duplicates that differ in an attribute, and have the same options. In an eighth of
+    the pairs of attributes there is a dear twin, listed (so, at equal BM25, ranked) before the cheap one: it is 50 to
+    90 dollars above it, which the goal's bound, at most 40 above the price, never allows. In a tenth of the pairs the
+    second attribute stands in the first bullet point and not in the title.
 
     Returns {"items": items_shuffle.json's list, "attributes": items_ins_v2.json's, "human": items_human_ins.json's}.
     """
@@ -1087,10 +1087,10 @@ def webshop_prompt(task: str, history: list, observation: str, admissible: list[
     lines.append(f"Task: {task}")
     if history:
         lines.append("Last steps:")
-        lines += [f"- {action}" if not seen else f"- on: {webshop_page(seen, [])}\n  {action}" for seen, action in history]
+        lines += [f"- on: {webshop_page(seen, [])}\n  {action}" if seen else f"- {action}" for seen, action in history]
     lines += ["Page:", webshop_page(observation, admissible),
-              "Think in <think> </think>, then act in <action> </action>: search[words], or click[label] with a label in "
-              "brackets."]
+              "Think in <think> </think>, then act in <action> </action>: search[words], or click[label] with a label "
+              "in brackets."]
     return "\n".join(lines)
 
 
@@ -1120,7 +1120,7 @@ def parse_webshop(text: str, *, official: bool = False) -> tuple[str, bool]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENTS = {"webshop": WebShop}
-PROMPTS = {"webshop": webshop_prompt}    # (task, history, observation, admissible, skills) -> the user message of a turn
+PROMPTS = {"webshop": webshop_prompt}    # (task, history, observation, admissible, skills) -> user message of a turn
 PARSERS = {"webshop": parse_webshop}
 gymnasium.register(id="sdar/WebShop-v0", entry_point=WebShop)
 

@@ -1,9 +1,10 @@
 """SDAR: self-distilled agentic reinforcement learning (arXiv 2605.15155), in one file.
 
 An agent plays whole episodes (several turns of observation -> response); GRPO compares the episodes of one task with
-each other; and the same model, shown skill text that the student does not see, says of each sampled token how it likes it.
+each other; and the same model, shown skill text that the student does not see, says of each sampled token how it
+likes it.
 
-    (1) A_i = (R_i - mean_group R) / (std_group R + 1e-6)               one return R an episode; invalid turns A_i - c_inv
+    (1) A_i = (R_i - mean_group R) / (std_group R + 1e-6)               one R an episode; invalid turns A_i - c_inv
     (2) L_pg = -Agg min(r A, clip(r, 1-e, 1+e) A), dual clip for A < 0  r = exp(logp - old_logp)
     (3) L_kl = Agg(exp(d) - d - 1),  d = ref_logp - logp                the k3 estimate of KL(student || reference)
     (4) gap D = teacher_logp - logp,  gate g = sigmoid(beta D)          both detached
@@ -33,6 +34,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -197,7 +199,7 @@ class Config:
     weight_decay: float = option(0.01, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradient norm clip")
     micro_tokens: int = option(4096, "padded tokens of a micro-batch; bounds the memory of an update")
-    recompute: bool = option(False, "keep no activations in the forward pass (gradient checkpointing): slower, less memory")
+    recompute: bool = option(False, "keep no activations in the forward pass (gradient checkpointing): slower, smaller")
     seed: int = option(0, "seed of sampling and task order")
     # warm start
     sft_steps: int = option(0, "steps of cloning the environment's expert before the first training step")
@@ -221,12 +223,13 @@ PRESETS = {"none": {}, "official": {
     "advantage_stats": "turn", "teacher": "rollout", "teacher_prompt": "raw", "entropy_coef": 0.001,
     "check_admissible": False}}
 
-# What a model of a million parameters needs instead of the paper's values, which are for billions. Its expert is done in 5
-# turns. With 15 turns sampling at T=1 gets out of every loop in time, nothing punishes loops, and greedy play ends in them.
+# What a model of a million parameters needs instead of the paper's values, which are for billions. The expert is done
+# in 5 turns. With 15, sampling at T=1 gets out of every loop in time: nothing punishes loops, and greedy play ends in
+# them.
 TINY_DEFAULTS = {
-    "max_turns": 8, "history_observations": False, "tasks": 8, "steps": 40, "lr": 4e-4, "lr_schedule": "linear", "warmup": 3,
-    "kl_coef": 0.0, "max_prompt_tokens": 512, "max_response_tokens": 32, "sft_lr": 3e-3, "sft_tokens": 4096,
-    "micro_tokens": 16384}
+    "max_turns": 8, "history_observations": False, "tasks": 8, "steps": 60, "lr": 4e-4, "lr_schedule": "linear",
+    "warmup": 3, "kl_coef": 0.0, "max_prompt_tokens": 512, "max_response_tokens": 32, "sft_lr": 3e-3,
+    "sft_tokens": 4096, "micro_tokens": 16384}
 
 
 class UserError(Exception):
@@ -234,7 +237,7 @@ class UserError(Exception):
 
 
 def make_config(explicit):
-    """Defaults < embedded model < preset < method < what the user said. Raises UserError if they make no sense together."""
+    """Defaults < embedded model < preset < method < what the user said. Raises UserError if they contradict."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
     chosen = {name: explicit.get(name, fields[name].default) for name in ("model", "preset", "method")}
     for name, value in chosen.items():
@@ -333,7 +336,7 @@ class Context(NamedTuple):
 
 
 def turn_context(cfg, info, observation, past=()):
-    """The context of an environment's page; past: all earlier (observation, action) pairs, of which the last are shown."""
+    """The context of an environment's page; past: all earlier (observation, action) pairs; the last are shown."""
     shown = past[-cfg.history:] if cfg.history else ()
     history = tuple((seen if cfg.history_observations else "", action) for seen, action in shown)
     return Context(info["task"], info["task_type"], history, observation, tuple(info["admissible"] or ()))
@@ -522,14 +525,14 @@ def check_model(policy, cfg):
     worst = (fused - torch.cat(own)).abs().max().item()
     limit = 0.2 if policy.autocast else 1e-3
     if not worst < limit:
-        raise UserError(f"{cfg.model} is not supported: fused log-probs differ from the model's own by {worst:.2g} (limit "
-                        f"{limit}), so its head is more than a matrix (bias, soft-cap, scaling) or its attention ignores "
-                        "the packing mask.")
+        raise UserError(f"{cfg.model} is not supported: fused log-probs differ from the model's own by {worst:.2g} "
+                        f"(limit {limit}), so its head is more than a matrix (bias, soft-cap, scaling), or its "
+                        "attention ignores the packing mask.")
     return worst
 
 
 # Rows that share a prompt are packed into one sequence [prompt, response 1, response 2, ...]: the mask lets a response
-# see the prompt and itself, positions start anew after the prompt. Groups share their first prompt, and often later ones.
+# see the prompt and itself, positions start anew after the prompt. Groups share their first prompt, often later ones.
 
 class Pack(NamedTuple):
     ids: torch.Tensor  # [B, L]
@@ -592,6 +595,14 @@ def sample(policy, prompts, cfg, temperature, generator):
     return responses
 
 
+def empty_cache(model):
+    """-> (a cache of keys and values that the model fills in place, the keyword arguments that hand it over)."""
+    from transformers import DynamicCache
+    cache = DynamicCache(config=model.config)
+    renamed = "cache" in inspect.signature(model.forward).parameters  # since transformers 5.24
+    return cache, {"cache" if renamed else "past_key_values": cache, "use_cache": True}
+
+
 def sample_batch(policy, prompts, cfg, temperature, generator):
     model, device = policy.model, policy.device
     unique = list(dict.fromkeys(prompts))
@@ -599,11 +610,12 @@ def sample_batch(policy, prompts, cfg, temperature, generator):
     longest = max(map(len, unique))
     ids = torch.tensor([(0,) * (longest - len(p)) + p for p in unique], device=device)  # [U, P], padded on the left
     real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique], device=device)
+    cache, cached = empty_cache(model)
     with compute(policy):
-        out = model(input_ids=ids, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp(min=0), use_cache=True,
-                    logits_to_keep=1)
+        out = model(input_ids=ids, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp(min=0),
+                    logits_to_keep=1, **cached)
     which = torch.tensor([number_of[p] for p in prompts], device=device)
-    cache, logits, real = out.past_key_values, out.logits[which, -1].float(), real[which]
+    logits, real = out.logits[which, -1].float(), real[which]
     cache.batch_select_indices(which)
     position = real.sum(1, keepdim=True)
     stop_ids = torch.tensor(sorted(policy.stop_ids), device=device)
@@ -631,9 +643,8 @@ def sample_batch(policy, prompts, cfg, temperature, generator):
             alive, real, token, position = alive[keep], real[keep], token[keep], position[keep]
         real = torch.cat([real, real.new_ones(len(real), 1)], 1)
         with compute(policy):
-            out = model(input_ids=token, attention_mask=real, position_ids=position, past_key_values=cache,
-                        use_cache=True)
-        logits, cache, position = out.logits[:, -1].float(), out.past_key_values, position + 1
+            out = model(input_ids=token, attention_mask=real, position_ids=position, **cached)
+        logits, position = out.logits[:, -1].float(), position + 1
     return [Response(tuple(t), tuple(lp), s) for t, lp, s in zip(tokens, logps, stops)]
 
 
@@ -716,7 +727,7 @@ def make_env(cfg):
 
 
 def guard(task, doing, call, *args, **kwargs):
-    """Names the task in whatever an environment raises (so every Exception is caught): the run stops with a sentence."""
+    """Names the task in whatever an environment raises, so every Exception is caught: the run ends in a sentence."""
     try:
         return call(*args, **kwargs)
     except Exception as error:
@@ -786,7 +797,7 @@ def micro_batches(rows, micro_tokens):
     bundles = []
     for members in shared.values():
         room, bundle = 0, []
-        for row in members:  # attention to siblings is masked, so wasted: beyond four prompts' length it outweighs sharing
+        for row in members:  # masked attention to siblings is waste: beyond four prompts' length it outweighs sharing
             prompt = len(row.prompt_ids)
             if bundle and room + len(row.response_ids) > min(4 * prompt, micro_tokens - prompt):
                 bundles.append(bundle)
@@ -875,7 +886,7 @@ def step_loss(policy, cfg, bundles, num_tokens):
 
 
 def train_step(policy, optimizer, rows, cfg, step):
-    """All rows of a batch -> cfg.updates optimiser steps -> metrics. Denominators are those of the whole optimiser step."""
+    """All rows of a batch -> cfg.updates optimiser steps -> metrics. Denominators are a whole optimiser step's."""
     if cfg.updates > 1:
         score(policy, policy.model, rows, cfg, "old_logp")
     if cfg.kl_coef:
@@ -910,7 +921,7 @@ def learning_rate(cfg, step):
 def optimizer_step(model, optimizer, lr, cfg):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
     if not math.isfinite(norm):
-        raise UserError(f"The gradient norm is {norm}: lower --lr, or use --dtype float32. This step changed no weight.")
+        raise UserError(f"The gradient norm is {norm}: lower --lr, or use --dtype float32. This step changed nothing.")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -964,8 +975,8 @@ def copy_rows(tokens, rng, apart, count=64, span=10):
 def warm_start_rows(policy, cfg, env, skills, step):
     """About cfg.sft_tokens tokens of demonstrations.
 
-    An untrained model gets exercises first: in the first fifth of the steps it copies random tokens, first near, then far;
-    then short demonstrations come in, and longer ones until two fifths are over.
+    An untrained model gets exercises first: in the first fifth of the steps it copies random tokens, first near, then
+    far; then short demonstrations come in, and longer ones until two fifths are over.
     """
     rng = random.Random(f"{cfg.seed} demonstrations {step}")
     progress = step / cfg.sft_steps if cfg.model == "new" else 1.0
@@ -984,7 +995,7 @@ def warm_start_rows(policy, cfg, env, skills, step):
 
 def warm_start_step(policy, optimizer, cfg, env, skills, step):
     """One optimiser step of likelihood on warm_start_rows -> metrics."""
-    if cfg.model == "new" and step == math.ceil(0.2 * cfg.sft_steps):  # after the exercises, which move one spelling only
+    if cfg.model == "new" and step == math.ceil(0.2 * cfg.sft_steps):  # the exercises are over, which move one spelling
         join_spellings(policy.model, policy.chat.tokenizer, cfg.seed)
     rows = warm_start_rows(policy, cfg, env, skills, step)
     size = sum(len(row.prompt_ids) + len(row.response_ids) for row in rows)
@@ -1062,12 +1073,13 @@ def join_spellings(model, tokenizer, seed):
 def look_back(model, frequencies=4, strength=6.0):
     """Makes the first two heads of the first layer start out attending one and two tokens back.
 
-    Copying needs such heads, and finding them takes an untrained model most of its training. A key bias k and a query bias
-    k rotated back by n positions give, under rotary embedding, the score |k|^2 sum cos((distance - n) angle): largest at n.
+    Copying needs such heads, and finding them takes an untrained model most of its training. A key bias k and a query
+    bias k rotated back by n positions give, under rotary embedding, the score |k|^2 sum cos((distance - n) angle),
+    which is largest at n.
     """
     attention, config = model.model.layers[0].self_attn, model.config
     half = attention.head_dim // 2
-    angle = config.rope_parameters["rope_theta"] ** (-torch.arange(frequencies) / half)  # radians a token, fastest first
+    angle = config.rope_parameters["rope_theta"] ** (-torch.arange(frequencies) / half)  # radians a token
     attention.k_proj.bias.view(-1, 2, half)[0, 0, :frequencies] = strength  # the key head that both query heads share
     for back in (1, 2):
         query = attention.q_proj.bias.view(-1, 2, half)[back - 1]
@@ -1123,7 +1135,7 @@ def open_run(cfg):
         (run / "config.json").write_text(json.dumps(dataclasses.asdict(cfg) | {"provenance": provenance()}, indent=1))
         (run / "metrics.jsonl").write_text("")
     except OSError as error:
-        raise UserError(f"The run folder {run} cannot be written ({error.strerror}): choose another by --out.") from error
+        raise UserError(f"The run folder {run} cannot be written ({error.strerror}): choose one by --out.") from error
     return run
 
 
@@ -1268,9 +1280,12 @@ def mean(values):
 
 def episode_metrics(cfg, episodes):
     turns = [turn for e in episodes for turn in e.turns]
-    return {"reward/mean": mean(episode_return(cfg, e) for e in episodes), "reward/success": mean(e.won for e in episodes),
-            "reward/score": mean(e.score for e in episodes), "rollout/turns": mean(len(e.turns) for e in episodes),
-            "rollout/unfinished": mean(not e.done for e in episodes), "rollout/invalid": mean(not t.valid for t in turns),
+    return {"reward/mean": mean(episode_return(cfg, e) for e in episodes),
+            "reward/success": mean(e.won for e in episodes),
+            "reward/score": mean(e.score for e in episodes),
+            "rollout/turns": mean(len(e.turns) for e in episodes),
+            "rollout/unfinished": mean(not e.done for e in episodes),
+            "rollout/invalid": mean(not t.valid for t in turns),
             "rollout/cut_off": mean(t.response.stop == "length" for t in turns),
             "rollout/response_tokens": mean(len(t.response.ids) for t in turns)}
 
@@ -1297,7 +1312,7 @@ def panel_metrics(policy, cfg, environments):
 
 
 def step_tasks(cfg, env, step):
-    """Tasks of a training step, drawn by (seed, step) alone, so that a resumed run sees the same; groups are neighbours."""
+    """Tasks of a training step, drawn by (seed, step) alone, so that a resumed run sees the same; groups adjoin."""
     size = env.num_tasks("train")
     if size < cfg.tasks:
         raise UserError(f"--tasks {cfg.tasks} is more than the {size} training tasks of {cfg.env}: lower it.")
@@ -1387,8 +1402,8 @@ def train(cfg, run, resumed=None):
         state["phase"], state["step"], state["optimizer"] = restore(policy, cfg, run, resumed)
     tasks = f"data in {cfg.data}" if cfg.data else "tasks generated here, not the official ones"
     size = sum(p.numel() for p in policy.model.parameters()) / 1e6
-    print(f"{cfg.method} on {cfg.env} ({tasks}), model {cfg.model} ({size:.2f}M parameters), {policy.device}, run folder {run}\n"
-          f"fused log-probs within {policy.fused_error:.1e} of the model's own", flush=True)
+    print(f"{cfg.method} on {cfg.env} ({tasks}), model {cfg.model} ({size:.2f}M parameters), {policy.device}, "
+          f"run folder {run}\nfused log-probs within {policy.fused_error:.1e} of the model's own", flush=True)
     with tqdm(total=cfg.sft_steps + cfg.steps, initial=state["step"] + (cfg.sft_steps if state["phase"] == "rl" else 0),
               unit="step", dynamic_ncols=True) as bar:
         log = Log(run, cfg, bar)

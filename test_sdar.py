@@ -1,5 +1,6 @@
-"""All tests, on CPU, in the order of the equations: tasks that can be won; advantages, policy loss, KL, gate and distillation;
-prompts; rollout; training step; run folder; bad input; then kernels, WebShop, its generated catalogue, evaluation.
+"""All tests, on CPU, in the order of the equations: tasks that can be won; advantages, policy loss, KL, gate and
+distillation; prompts; rollout; training step; run folder; bad input; then kernels, WebShop, its generated catalogue,
+evaluation.
 
 Tests of real tokenizers run where SDAR_TOKENIZERS names a folder with qwen2.5-tokenizer and qwen3-tokenizer.
 """
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from math import log
 from pathlib import Path
 
@@ -808,6 +810,12 @@ def test_stop_reasons_are_recorded_and_finished_responses_leave_the_batch(policy
     assert widths[1:6] == [sum(len(r.ids) > n for r in responses) for n in range(1, 6)] and widths[5] < len(prompts)
 
 
+def test_sampling_speaks_to_transformers_by_its_current_names(policy, rows):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sdar.sample(policy, [rows[0].prompt_ids], config(max_response_tokens=2), 0, torch.Generator())
+
+
 def test_greedy_responses_do_not_depend_on_the_company_in_a_batch(policy, rows):
     prompts = [row.prompt_ids for row in rows] + [(5, 6, 7)]
     play = lambda prompts, side: sdar.sample(
@@ -1521,7 +1529,8 @@ def test_half_precision_inputs_give_fp32_outputs_and_gradients_in_their_own_dtyp
     want = dense_scores(student, teacher, weight, targets, divergence="fkl")
     assert out.logp.dtype == torch.float32
     torch.testing.assert_close(out.logp.double(), want.logp, rtol=1e-5, atol=1e-5)
-    for a, b, x in zip(score_gradients(out, (student, weight)), score_gradients(want, (student, weight)), (student, weight)):
+    inputs = student, weight
+    for a, b, x in zip(score_gradients(out, inputs), score_gradients(want, inputs), inputs):
         assert a.dtype == x.dtype
         step = torch.finfo(x.dtype).eps if x.dtype != torch.float32 else 1e-5
         torch.testing.assert_close(a.double(), b.double(), rtol=step, atol=1e-5)

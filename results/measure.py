@@ -54,7 +54,7 @@ def sdar_steps(count):
 
 
 def trl_steps(count):
-    """Seconds of each of `count` steps of GRPOTrainer: same model, lengths, groups and learning rate, no reference model."""
+    """Seconds of `count` steps of GRPOTrainer each: same model, lengths, groups, learning rate; no reference model."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -76,8 +76,10 @@ def trl_steps(count):
             output_dir=out, per_device_train_batch_size=SAMPLES, num_generations=GROUP, max_completion_length=NEW,
             max_steps=count + 1, learning_rate=1e-4, beta=0.0, temperature=1.0, report_to=[], save_strategy="no",
             use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, logging_strategy="no")
-        GRPOTrainer(model=small_model(), args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                    reward_funcs=lambda completions, **_: [rng.random() for _ in completions], callbacks=[Clock()]).train()
+        trainer = GRPOTrainer(
+            model=small_model(), args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+            reward_funcs=lambda completions, **_: [rng.random() for _ in completions], callbacks=[Clock()])
+        trainer.train()
     return [b - a for a, b in zip(stamps, stamps[1:])]  # the first step, with its setting-up, has no stamp before it
 
 
@@ -91,12 +93,13 @@ def measure_step(count=8):
     print(f"sdar.py {statistics.median(ours):.3f} s a step, TRL {statistics.median(theirs):.3f} s, ratio {ratio:.2f} "
           f"(medians of {len(ours)}, {torch.get_num_threads()} threads)")
     from importlib.metadata import version
-    return {"sdar_s": ours, "trl_s": theirs, "ratio_of_medians": ratio, "trl": version("trl"), "shape": {
-        "vocabulary": VOCABULARY, "prompt": PROMPT, "new": NEW, "samples": SAMPLES, "group": GROUP, "model": "Qwen2 128 x 4"}}
+    shape = {"vocabulary": VOCABULARY, "prompt": PROMPT, "new": NEW, "samples": SAMPLES, "group": GROUP,
+             "model": "Qwen2 128 x 4"}
+    return {"sdar_s": ours, "trl_s": theirs, "ratio_of_medians": ratio, "trl": version("trl"), "shape": shape}
 
 
 def measure_webshop(episodes=2000):
-    """Expert and random play in equal parts, searches, resets and rewards included; the expert's own thinking is not counted."""
+    """Expert and random play in equal parts: searches, resets and rewards count, the expert's own thinking does not."""
     start = time.perf_counter()
     env = envs.WebShop()
     load = time.perf_counter() - start
@@ -118,7 +121,8 @@ def measure_webshop(episodes=2000):
             if terminated or truncated:
                 break
     print(f"{len(env.products)} products: loaded in {load:.2f} s, {steps / seconds:.0f} steps/s ({steps} steps)")
-    return {"products": len(env.products), "goals": len(env.goals), "load_s": load, "steps": steps, "steps_per_s": steps / seconds}
+    return {"products": len(env.products), "goals": len(env.goals), "load_s": load, "steps": steps,
+            "steps_per_s": steps / seconds}
 
 
 def panel_points(run):
@@ -128,8 +132,8 @@ def panel_points(run):
     entries = [entry for entry in entries if entry["phase"] == "rl"]
     points = [(e["step"], e["eval/success"], e["eval/greedy_success"]) for e in entries if "eval/success" in e]
     provenance = json.loads((Path(run) / "config.json").read_text())["provenance"]
-    return {"method": cfg.method, "seed": cfg.seed, "threads": cfg.threads, "points": points, "commit": provenance["commit"],
-            "training_minutes": sum(e.get("time/step", 0.0) for e in entries) / 60}
+    return {"method": cfg.method, "seed": cfg.seed, "threads": cfg.threads, "points": points,
+            "commit": provenance["commit"], "training_minutes": sum(e.get("time/step", 0.0) for e in entries) / 60}
 
 
 def measure_curves(*runs):
