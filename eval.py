@@ -7,13 +7,13 @@
 
     with skills in the prompt
       task type         n  success [95 %]          score [95 %]                 turns     invalid  unfinished
-      beauty           28  0.714 [0.529, 0.847]    0.907 [0.821, 0.971]           6.1       0.012       0.036
+      beauty           28  0.750 [0.566, 0.873]    0.950 [0.914, 0.979]           5.0       0.000       0.000
       ...
-      all             128  0.828 [0.753, 0.884]    0.957 [0.934, 0.975]           5.0       0.003       0.008
+      all             128  0.891 [0.825, 0.934]    0.977 [0.965, 0.988]           4.7       0.000       0.000
 
     with - without skills, paired by task
-      success +0.719 [+0.641, +0.797]  p 4.04e-28 (McNemar)  a difference
-      score   +0.509 [+0.454, +0.564]  a difference
+      success +0.844 [+0.781, +0.906]  p 6.16e-33 (McNemar)  a difference
+      score   +0.507 [+0.461, +0.555]  a difference
 
     python eval.py --compare runs/webshop-sdar-0/checkpoint-60/eval.json runs/webshop-grpo-0/checkpoint-60/eval.json
 
@@ -322,7 +322,7 @@ def parse_args(argv):
     if "compare" in options and (options["model"] or len(options) > 2):
         raise sdar.UserError("--compare A.json B.json stands alone: leave the model and every other option out.")
     if "compare" not in options and options["model"] is None:
-        raise sdar.UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-40, ...), or --compare A.json B.json.")
+        raise sdar.UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-60, ...), or --compare A.json B.json.")
     if options.get("retrieval") == "none":
         raise sdar.UserError("--retrieval none shows no skills: use --condition without.")
     return options
