@@ -207,9 +207,11 @@ class Scores(NamedTuple):
 
     logp: Tensor
     entropy: Tensor
-    lse: Tensor  # logsumexp of the student's logits
+    top: Tensor  # largest of the student's logits
+    log_sum: Tensor  # s = (z - top) - log_sum; their sum would lose digits where logits are far from zero
     teacher_logp: Optional[Tensor]
-    teacher_lse: Optional[Tensor]
+    teacher_top: Optional[Tensor]
+    teacher_log_sum: Optional[Tensor]
     divergence: Optional[Tensor]
     centre: Optional[Tensor]  # the mean that dD subtracts: rkl for rkl, sum p (s - m) for jsd
 
@@ -399,12 +401,11 @@ def finish(statistics, fields, divergence, mixture=None):
     """Statistics of the whole vocabulary -> Scores. mixture: (sum p (s - m), sum p_T (q - m)) for jsd."""
     x = dict(zip(fields, statistics))
     log_s = x["s"].log()
-    lse = x["m"] + log_s
     logp, entropy = (x["zy"] - x["m"]) - log_s, log_s - x["e"] / x["s"]
     if "m_T" not in fields:
-        return Scores(logp, entropy, lse, None, None, None, None)
+        return Scores(logp, entropy, x["m"], log_s, None, None, None, None, None)
     log_s_t = x["s_T"].log()
-    teacher_logp, teacher_lse = (x["zy_T"] - x["m_T"]) - log_s_t, x["m_T"] + log_s_t
+    teacher_logp = (x["zy_T"] - x["m_T"]) - log_s_t
     value = centre = None
     if divergence == "rkl":
         value = centre = x["r"] / x["s"] - log_s + log_s_t
@@ -412,16 +413,25 @@ def finish(statistics, fields, divergence, mixture=None):
         value = x["f"] / x["s_T"] - log_s_t + log_s
     elif divergence == "jsd":
         value, centre = (mixture[0] + mixture[1]) / 2, mixture[0]
-    return Scores(logp, entropy, lse, teacher_logp, teacher_lse, value, centre)
+    return Scores(logp, entropy, x["m"], log_s, teacher_logp, x["m_T"], log_s_t, value, centre)
 
 
-def mixture_statistics(z, zt, lse, lse_t, scratch):
+def log_probs(logits, top, log_sum, out):
+    return torch.sub(logits, top[:, None], out=out).sub_(log_sum[:, None])
+
+
+def mixture_statistics(z, zt, found, scratch):
     """Logits [r, c] -> (sum p (s - m), sum p_T (q - m)) [2, r] of a chunk. Specification of `_mixture_kernel`."""
-    a, b = scratch
-    s, q = torch.sub(z, lse[:, None], out=a), torch.sub(zt, lse_t[:, None], out=b)
-    m = torch.logaddexp(s, q).sub_(math.log(2))
-    student = torch.linalg.vecdot(s - m, s.exp())
-    return torch.stack([student, torch.linalg.vecdot(q - m, q.exp())])
+    s = log_probs(z, found.top, found.log_sum, scratch[0])
+    q = log_probs(zt, found.teacher_top, found.teacher_log_sum, scratch[1])
+    d = q - s
+    student = torch.linalg.vecdot(above_mean(d), s.exp_())
+    return torch.stack([student, torch.linalg.vecdot(above_mean(d.neg_()), q.exp_())])
+
+
+def above_mean(d):
+    """s - m of d = q - s: how far a log-probability s lies above log((e^s + e^q) / 2)."""
+    return F.softplus(d).neg_().add_(math.log(2))
 
 
 def chunk_gradient(z, zt, y, found, upstream, divergence, out):
@@ -430,22 +440,22 @@ def chunk_gradient(z, zt, y, found, upstream, divergence, out):
     y: targets counted from the chunk's first column. upstream: (g_logp, g_ent, g_div), None where nothing flows.
     """
     g_logp, g_ent, g_div = (x if x is None else x[:, None] for x in upstream)
-    lse, entropy = found.lse[:, None], found.entropy[:, None]
-    s = torch.sub(z, lse, out=out)
+    entropy = found.entropy[:, None]
+    s = log_probs(z, found.top, found.log_sum, out)
     p = s.exp()
-    level, slope = torch.zeros_like(lse), None  # dz = p (level + slope s + ...) + ..., both [r, 1]
+    level, slope = torch.zeros_like(entropy), None  # dz = p (level + slope s + ...) + ..., both [r, 1]
     if g_logp is not None:
         level = level - g_logp
     if g_ent is not None:
         level, slope = level - g_ent * entropy, -g_ent
     if divergence:
-        q = zt - found.teacher_lse[:, None]
+        q = log_probs(zt, found.teacher_top, found.teacher_log_sum, torch.empty_like(zt))
     if divergence == "rkl":
         level, slope = level - g_div * found.centre[:, None], g_div if slope is None else slope + g_div
     if divergence == "fkl":
         level = level + g_div
     if divergence == "jsd":
-        above = s - torch.logaddexp(s, q).sub_(math.log(2) - found.centre[:, None])
+        above = above_mean(q.sub_(s)).sub_(found.centre[:, None])
         level = torch.addcmul(level, g_div, above, value=0.5)
     factor = level if slope is None else torch.addcmul(level, slope, s, out=out)
     if divergence == "rkl":
@@ -492,6 +502,10 @@ class Workspace:
                 yield rows, columns, w
 
 
+def select(found, rows):
+    return Scores(*(x if x is None else x[rows] for x in found))
+
+
 def torch_forward(problem, keep_bytes):
     """-> (Scores, {(first row, first column): logits of a chunk} to be kept for the backward pass)."""
     fields = fields_of(problem.teacher is not None, problem.divergence)
@@ -512,7 +526,7 @@ def torch_forward(problem, keep_bytes):
     for rows, columns, w in work.chunks():
         z, zt = work.pair(rows, columns, w, True)
         scratch = work.buffer("a", *z.shape), work.buffer("b", *z.shape)
-        mixture[:, rows] += mixture_statistics(z, zt, found.lse[rows], found.teacher_lse[rows], scratch)
+        mixture[:, rows] += mixture_statistics(z, zt, select(found, rows), scratch)
     return finish(whole, fields, "jsd", mixture), kept
 
 
@@ -523,9 +537,8 @@ def torch_gradient(problem, found, upstream, kept):
     def gradient_of(rows, columns, w):
         z, zt = work.pair(rows, columns, w, problem.divergence is not None)
         parts = [x if x is None else x[rows] for x in upstream]
-        of_rows = Scores(*(x if x is None else x[rows] for x in found))
         y = problem.targets[rows] - columns.start
-        dz = chunk_gradient(z, zt, y, of_rows, parts, problem.divergence, work.buffer("dz", *z.shape))
+        dz = chunk_gradient(z, zt, y, select(found, rows), parts, problem.divergence, work.buffer("dz", *z.shape))
         return dz.to(w.dtype)
 
     return gradient_of
@@ -713,13 +726,16 @@ if triton is not None:
     @triton.jit
     def _mixture_kernel(student, teacher, weight, normalisers, partials, N, D, V, strip, stride_s, stride_t, stride_w,
                         scale, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-        """The second pass of jsd; normalisers [2, N]: lse of student and teacher; partials [2, strips, N]."""
+        """The second pass of jsd; normalisers [4, N]: both sides' top and log_sum; partials [2, strips, N]."""
         row_blocks = tl.cdiv(N, BLOCK_N)
         rows = tl.program_id(0) % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         number = tl.program_id(0) // row_blocks
         kept = rows < N
-        lse = tl.load(normalisers + rows, mask=kept, other=0.0)
-        lse_t = tl.load(normalisers + tl.cast(N, tl.int64) + rows, mask=kept, other=0.0)
+        at, step = normalisers + rows, tl.cast(N, tl.int64)
+        top = tl.load(at, mask=kept, other=0.0)[:, None]
+        log_sum = tl.load(at + step, mask=kept, other=0.0)[:, None]
+        top_t = tl.load(at + 2 * step, mask=kept, other=0.0)[:, None]
+        log_sum_t = tl.load(at + 3 * step, mask=kept, other=0.0)[:, None]
         of_student = tl.zeros((BLOCK_N,), tl.float32)
         of_teacher = tl.zeros((BLOCK_N,), tl.float32)
         for start in range(number * strip, tl.minimum((number + 1) * strip, V), BLOCK_V):
@@ -727,44 +743,45 @@ if triton is not None:
             real = (cols < V)[None, :]
             z, zt = _pair_logits(student, teacher, weight, rows, cols, N, D, V, stride_s, stride_t, stride_w, scale,
                                  BLOCK_N, BLOCK_V, BLOCK_D)
-            s, q = z - lse[:, None], zt - lse_t[:, None]
-            m = _log_mean(s, q)
-            of_student += tl.sum(tl.where(real, tl.exp(s) * (s - m), 0.0), 1)
-            of_teacher += tl.sum(tl.where(real, tl.exp(q) * (q - m), 0.0), 1)
+            s, q = (z - top) - log_sum, (zt - top_t) - log_sum_t
+            of_student += tl.sum(tl.where(real, tl.exp(s) * _above_mean(q - s), 0.0), 1)
+            of_teacher += tl.sum(tl.where(real, tl.exp(q) * _above_mean(s - q), 0.0), 1)
         at = partials + number.to(tl.int64) * N + rows
         tl.store(at, of_student, mask=kept)
         tl.store(at + tl.num_programs(0) // row_blocks * tl.cast(N, tl.int64), of_teacher, mask=kept)
 
     @triton.jit
-    def _log_mean(s, q):
-        """log((e^s + e^q) / 2)."""
-        return tl.maximum(s, q) + tl.log(1.0 + tl.exp(-tl.abs(s - q))) - 0.6931471805599453
+    def _above_mean(d):
+        """`above_mean`."""
+        return 0.6931471805599453 - tl.maximum(d, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(d)))
 
     @triton.jit
     def _gradient_kernel(student, teacher, weight, targets, columns, out, N, D, V, first, stride_s, stride_t, stride_w,
                          scale, DIVERGENCE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
                          BLOCK_D: tl.constexpr):
-        """dz [N, V] of a chunk whose first column is `first`; columns [7, N]: lse, entropy, g_logp, g_ent, and for a
-        divergence teacher_lse, centre, g_div."""
+        """dz [N, V] of a chunk whose first column is `first`; columns [9, N]: top, log_sum, entropy, g_logp, g_ent,
+        and for a divergence the teacher's top and log_sum, centre, g_div."""
         row_blocks = tl.cdiv(N, BLOCK_N)
         rows = tl.program_id(0) % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         cols = tl.program_id(0) // row_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
         kept, step = rows < N, tl.cast(N, tl.int64)
         y = tl.load(targets + rows, mask=kept, other=-1) - first
         at = columns + rows
-        lse = tl.load(at, mask=kept, other=0.0)[:, None]
-        entropy = tl.load(at + step, mask=kept, other=0.0)[:, None]
-        g_logp = tl.load(at + 2 * step, mask=kept, other=0.0)[:, None]
-        g_ent = tl.load(at + 3 * step, mask=kept, other=0.0)[:, None]
+        top = tl.load(at, mask=kept, other=0.0)[:, None]
+        log_sum = tl.load(at + step, mask=kept, other=0.0)[:, None]
+        entropy = tl.load(at + 2 * step, mask=kept, other=0.0)[:, None]
+        g_logp = tl.load(at + 3 * step, mask=kept, other=0.0)[:, None]
+        g_ent = tl.load(at + 4 * step, mask=kept, other=0.0)[:, None]
         if DIVERGENCE == "none":
             z = _logits(student, weight, rows, cols, N, D, V, stride_s, stride_w, scale, BLOCK_N, BLOCK_V, BLOCK_D)
         else:
             z, zt = _pair_logits(student, teacher, weight, rows, cols, N, D, V, stride_s, stride_t, stride_w, scale,
                                  BLOCK_N, BLOCK_V, BLOCK_D)
-            q = zt - tl.load(at + 4 * step, mask=kept, other=0.0)[:, None]
-            centre = tl.load(at + 5 * step, mask=kept, other=0.0)[:, None]
-            g_div = tl.load(at + 6 * step, mask=kept, other=0.0)[:, None]
-        s = z - lse
+            q = zt - tl.load(at + 5 * step, mask=kept, other=0.0)[:, None]
+            q -= tl.load(at + 6 * step, mask=kept, other=0.0)[:, None]
+            centre = tl.load(at + 7 * step, mask=kept, other=0.0)[:, None]
+            g_div = tl.load(at + 8 * step, mask=kept, other=0.0)[:, None]
+        s = (z - top) - log_sum
         p = tl.exp(s)
         hit = (cols[None, :] == y[:, None]).to(tl.float32)
         dz = g_logp * (hit - p) - g_ent * p * (s + entropy)
@@ -773,17 +790,18 @@ if triton is not None:
         if DIVERGENCE == "fkl":
             dz += g_div * (p - tl.exp(q))
         if DIVERGENCE == "jsd":
-            dz += g_div * p * (s - _log_mean(s, q) - centre) * 0.5
+            dz += g_div * p * (_above_mean(q - s) - centre) * 0.5
         place = _row(out, rows, V) + cols[None, :]
         tl.store(place, dz.to(out.dtype.element_ty), mask=kept[:, None] & (cols[None, :] < V))
 
     # (BLOCK_N, BLOCK_V, BLOCK_D, warps, stages): the largest tiles found that compile without spills, which
     # `python kernels.py compile` shows. HALF and FP32 are the common rows; an architecture names its exceptions.
+    # FP32 has one BLOCK_D: both passes must sum a logit in one order, lest p do not sum to 1.
     HALF = {"forward": (128, 128, 64, 8, 3), "forward pair": (64, 128, 64, 8, 3),
             "forward pair + KL": (64, 64, 64, 4, 3), "mixture": (64, 128, 64, 8, 3),
             "gradient": (128, 128, 64, 8, 3), "gradient + rkl": (64, 128, 64, 8, 3),
             "gradient + fkl": (64, 128, 64, 8, 3), "gradient + jsd": (64, 128, 64, 8, 3)}
-    FP32 = {"forward": (64, 64, 32, 4, 2), "gradient": (64, 64, 32, 4, 2), "gradient + jsd": (64, 64, 16, 8, 2)}
+    FP32 = {"forward": (64, 64, 32, 4, 2), "gradient": (64, 64, 32, 4, 2), "gradient + jsd": (32, 64, 32, 8, 2)}
     FP32 = dict.fromkeys(HALF, (64, 64, 32, 8, 2)) | FP32
     OWN = {"sm_80": {"forward pair + KL": (32, 128, 64, 8, 3)},
            "sm_89": {"forward pair": (128, 64, 64, 8, 3), "forward pair + KL": (32, 128, 64, 8, 3)},
@@ -844,17 +862,18 @@ if triton is not None:
         strip, strips = strips_of(v, options)
         parts = whole.new_empty(2, strips, n)
         grid = (blocks(n, options["BLOCK_N"]) * strips,)
-        _mixture_kernel[grid](*tensors, torch.stack([found.lse, found.teacher_lse]), parts, n, d, v, strip, *strides,
+        normalisers = torch.stack([found.top, found.log_sum, found.teacher_top, found.teacher_log_sum])
+        _mixture_kernel[grid](*tensors, normalisers, parts, n, d, v, strip, *strides,
                               problem.scale, **options)
         return finish(whole, fields, "jsd", parts.sum(1)), {}
 
     def triton_gradient(problem, found, upstream, kept):
         """`torch_gradient` by a kernel."""
-        zero = torch.zeros_like(found.lse)
-        columns = [found.lse, found.entropy, *upstream[:2]]
+        zero = torch.zeros_like(found.top)
+        columns = [found.top, found.log_sum, found.entropy, *upstream[:2]]
         if problem.divergence:
-            columns += [found.teacher_lse, found.centre, upstream[2]]
-        columns = torch.stack([zero if x is None else x for x in columns])  # [4 or 7, n]
+            columns += [found.teacher_top, found.teacher_log_sum, found.centre, upstream[2]]
+        columns = torch.stack([zero if x is None else x for x in columns])  # [5 or 9, n]
         out = problem.student.new_empty(math.prod(chunk_sizes(problem)), dtype=operand_dtype(problem))
 
         def gradient_of(rows, place, w):

@@ -1768,6 +1768,7 @@ def test_rows_begin_where_64_bits_say():
     import triton
     import triton.language as tl
 
+    global row  # kernels find functions among the globals of their file
     row = kernels._row
 
     @triton.jit
