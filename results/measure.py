@@ -2,6 +2,7 @@
 
     python results/measure.py step               a GRPO step against TRL's (pip install trl datasets accelerate)
     python results/measure.py webshop            steps a second, loading
+    TRITON_INTERPRET=1 python results/measure.py liger       errors beside fused_linear_jsd (pip install liger-kernel)
     python results/measure.py curves RUN RUN ..  success on the panel of some finished runs; draws results/curve.png too
 
 Ours and TRL's steps run in this one process, block by block in turn: the ratio is fair where the seconds are not.
@@ -125,6 +126,46 @@ def measure_webshop(episodes=2000):
             "steps_per_s": steps / seconds}
 
 
+def measure_liger(n=64, d=128, v=1064):
+    """Errors against fp64 of a mean KL and its gradients, bf16, on the same inputs. On a CPU and in the interpreter."""
+    import os
+    from importlib.metadata import version
+
+    import kernels
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        sys.exit("Set TRITON_INTERPRET=1: this comparison runs without a GPU.")
+    from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
+    kernels.mend_interpreter()
+    rng = torch.Generator().manual_seed(0)
+    student, weight = torch.randn(n, d, generator=rng), torch.randn(v, d, generator=rng) / d**0.5
+    teacher = student + torch.randn(n, d, generator=rng) / 4
+    student, teacher, weight = (x.to(torch.bfloat16) for x in (student, teacher, weight))
+    targets = torch.randint(v, (n,), generator=rng)
+
+    def ours(backend, divergence):
+        return lambda s, w: kernels.fused_gap_gate(s, teacher, w, targets, divergence=divergence,
+                                                   backend=backend).divergence.mean()
+
+    def liger(jsd_beta):
+        return lambda s, w: LigerFusedLinearJSDFunction.apply(s, w, teacher, weight, None, jsd_beta)
+
+    rows = []
+    for divergence, jsd_beta in (("fkl", 0.0), ("rkl", 1.0), ("jsd", 0.5)):
+        exact = [x.double().requires_grad_() for x in (student, weight)]
+        want = kernels.dense_scores(exact[0], teacher.double(), exact[1], targets, 1.0)[divergence].mean()
+        want.backward()
+        for name, path in (("sdar triton", ours("triton", divergence)), ("sdar torch", ours("torch", divergence)),
+                           ("Liger", liger(jsd_beta))):
+            inputs = [x.clone().requires_grad_() for x in (student, weight)]
+            loss = path(*inputs)
+            loss.backward()
+            errors = [((x.grad - y.grad).norm() / y.grad.norm()).item() for x, y in zip(inputs, exact)]
+            rows.append({"divergence": divergence, "path": name, "loss": abs(loss.item() / want.item() - 1),
+                         "d_student": errors[0], "d_weight": errors[1]})
+    kernels.print_rows(rows)
+    return {"liger-kernel": version("liger-kernel"), "n": n, "d": d, "v": v, "dtype": "bfloat16", "relative errors": rows}
+
+
 def panel_points(run):
     """A run folder -> its method, seed, training minutes and the panel's (step, sampled, greedy) points."""
     cfg = sdar.read_run_config(Path(run))
@@ -165,10 +206,10 @@ def measure_curves(*runs):
 
 
 def main():
-    what = {"step": measure_step, "webshop": measure_webshop, "curves": measure_curves}
+    what = {"step": measure_step, "webshop": measure_webshop, "liger": measure_liger, "curves": measure_curves}
     name, *arguments = sys.argv[1:] or [""]
     if name not in what or (name == "curves") != bool(arguments):
-        sys.exit("usage: python results/measure.py step | webshop | curves RUN RUN ..")
+        sys.exit("usage: python results/measure.py step | webshop | liger | curves RUN RUN ..")
     report = {"command": shlex.join(["python", "results/measure.py", *sys.argv[1:]]), "torch": torch.__version__,
               "python": platform.python_version(), "threads": torch.get_num_threads()}
     (HERE / f"{name}.json").write_text(json.dumps(report | what[name](*arguments), indent=1) + "\n")
