@@ -1134,11 +1134,14 @@ PATHS = {"full": full_logits, "fused": fused}
 
 def bench_inputs(shape, dtype=torch.float32, device="cpu"):
     n, d, v, has_teacher, divergence = shape
-    rng = torch.Generator().manual_seed(0)
-    student = torch.randn(n, d, generator=rng).to(device, dtype).requires_grad_()
-    teacher = torch.randn(n, d, generator=rng).to(device, dtype) if has_teacher else None
-    weight = (torch.randn(v, d, generator=rng) / d**0.5).to(device, dtype).requires_grad_()
-    return student, teacher, weight, torch.randint(v, (n,), generator=rng).to(device), divergence
+    rng = torch.Generator(device).manual_seed(0)
+
+    def draw(*size):  # in place, in its own dtype: a wider copy would count as peak memory
+        return torch.randn(*size, generator=rng, dtype=dtype, device=device)
+
+    student, teacher = draw(n, d).requires_grad_(), draw(n, d) if has_teacher else None
+    weight = draw(v, d).mul_(d**-0.5).requires_grad_()
+    return student, teacher, weight, torch.randint(v, (n,), generator=rng, device=device), divergence
 
 
 def bench_step(path, inputs):
@@ -1191,8 +1194,8 @@ def measure_time(case, rounds):
 
 
 def report_cpu(rounds, threads):
-    """Time and memory of CASES against full logits. Memory first, while this process is small: a child's peak counts
-    from its parent's size."""
+    """Time and memory of CASES against full logits. Memory first, while this process is small: on Linux a child's
+    resident peak starts at its parent's."""
     torch.set_num_threads(threads)
     memory = {case: {path: measure_memory(path, case, threads) for path in PATHS} for case in CASES}
     rows = []
@@ -1264,7 +1267,7 @@ def report_gpu(rounds, n=8192):
     return rows
 
 
-REPORTS = ("accuracy", "memory", "roofline", "compile", "cpu", "large", "gpu")
+REPORTS = ("cpu", "large", "memory", "roofline", "accuracy", "compile", "gpu")  # what measures memory comes first
 
 
 def print_rows(rows):
@@ -1296,7 +1299,7 @@ def main():
             mend_interpreter()
         print(json.dumps(report_accuracy(args.backend)))
         return
-    wanted = args.reports or [name for name in REPORTS if name != "large"]
+    wanted = [name for name in REPORTS if name in args.reports or not args.reports and name != "large"]
     out = Path(args.out)
     found = json.loads(out.read_text()) if out.exists() else {}
     run = {

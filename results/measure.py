@@ -163,7 +163,7 @@ def measure_liger(n=64, d=128, v=1064):
             rows.append({"divergence": divergence, "path": name, "loss": abs(loss.item() / want.item() - 1),
                          "d_student": errors[0], "d_weight": errors[1]})
     kernels.print_rows(rows)
-    return {"liger-kernel": version("liger-kernel"), "n": n, "d": d, "v": v, "dtype": "bfloat16", "relative errors": rows}
+    return {"liger-kernel": version("liger-kernel"), "n": n, "d": d, "v": v, "dtype": "bfloat16", "relative_errors": rows}
 
 
 def panel_points(run):
