@@ -182,7 +182,8 @@ class Config:
     sdar_coef: float = option(0.01, "lambda of eq. (5)")
     gate_beta: float = option(5.0, "beta of eq. (4)")
     gate: str = option("gap", "gate of eq. (4)", choices=("gap", "entropy", "soft_or", "none"))
-    surrogate: str = option("mle", "weight of -logp in eq. (5)", choices=tuple(SURROGATES))
+    surrogate: str = option("mle", "weight of -logp in eq. (5), or the exact divergence to the teacher, gate-weighted",
+                            choices=(*SURROGATES, *kernels.DIVERGENCES))
     teacher: str = option("live", "teacher's weights: current, before the step's first update, or the initial ones",
                           choices=("live", "rollout", "ref", "none"))
     teacher_prompt: str = option("message", "skills inside the user message, or as raw text before the chat template "
@@ -279,6 +280,9 @@ def validate(cfg, explicit, fields):
         raise UserError(f"--sft_careless is {cfg.sft_careless}, but is a share between 0 and 1.")
     if cfg.model == "new" and not cfg.sft_steps:
         raise UserError("--model new has random weights: add --sft_steps N to teach it the expert's play first.")
+    if cfg.surrogate in kernels.DIVERGENCES and cfg.teacher not in ("live", "none"):
+        raise UserError(f"--surrogate {cfg.surrogate} needs the teacher's whole distribution, which only --teacher live "
+                        f"computes: leave --teacher {cfg.teacher} out.")
     idle = {}
     if cfg.teacher == "none":
         idle |= dict.fromkeys(("sdar_coef", "gate_beta", "gate", "surrogate", "retrieval", "teacher_prompt"),
@@ -853,11 +857,12 @@ def step_loss(policy, cfg, bundles, num_tokens):
     rows = list(itertools.chain(*bundles))
     batch = pack_bundles(policy, bundles)
     hidden, weight = head_inputs(policy, policy.model, batch)
+    exact = cfg.surrogate if cfg.surrogate in kernels.DIVERGENCES else None
     if cfg.teacher == "live":
         with torch.no_grad():
             teacher, _ = head_inputs(policy, policy.model, pack_bundles(policy, bundles, teacher=True))
         out = kernels.fused_gap_gate(hidden, teacher, weight, batch.targets, beta=cfg.gate_beta, gate=cfg.gate,
-                                     temperature=cfg.temperature)
+                                     temperature=cfg.temperature, divergence=exact)
         logp, entropy, teacher_logp, gate = out.logp, out.entropy, out.teacher_logp, out.gate
     else:
         logp, entropy = kernels.fused_logprob(hidden, weight, batch.targets, temperature=cfg.temperature)
@@ -877,7 +882,9 @@ def step_loss(policy, cfg, bundles, num_tokens):
         loss = loss - cfg.entropy_coef * entropy.sum() / num_tokens
     if cfg.teacher != "none":
         distill, more = sdar_loss(logp, teacher_logp, mask, beta=cfg.gate_beta, num_tokens=num_tokens,
-                                  surrogate=cfg.surrogate, gate=gate)
+                                  surrogate="mle" if exact else cfg.surrogate, gate=gate)
+        if exact:
+            distill = (gate * out.divergence).sum() / num_tokens
         loss = loss + cfg.sdar_coef * distill  # eq. (5)
         metrics |= more | {"sdar/loss": distill.detach()}
         for row, gap, g in zip(rows, split_tokens(rows, teacher_logp - logp), split_tokens(rows, gate)):
@@ -1402,8 +1409,10 @@ def train(cfg, run, resumed=None):
         state["phase"], state["step"], state["optimizer"] = restore(policy, cfg, run, resumed)
     tasks = f"data in {cfg.data}" if cfg.data else "tasks generated here, not the official ones"
     size = sum(p.numel() for p in policy.model.parameters()) / 1e6
+    head = policy.model.get_output_embeddings().weight
+    kernel = kernels.choose_backend("auto", head, head)
     print(f"{cfg.method} on {cfg.env} ({tasks}), model {cfg.model} ({size:.2f}M parameters), {policy.device}, "
-          f"run folder {run}\nfused log-probs within {policy.fused_error:.1e} of the model's own", flush=True)
+          f"run folder {run}\n{kernel} kernels: log-probs within {policy.fused_error:.1e} of the model's own", flush=True)
     with tqdm(total=cfg.sft_steps + cfg.steps, initial=state["step"] + (cfg.sft_steps if state["phase"] == "rl" else 0),
               unit="step", dynamic_ncols=True) as bar:
         log = Log(run, cfg, bar)

@@ -512,6 +512,24 @@ def test_the_loss_of_a_step_is_eq_5_computed_from_the_models_own_logits(policy, 
     assert loss.item() == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("surrogate", ["rkl", "fkl"])
+def test_an_exact_surrogate_is_the_gated_divergence_of_the_models_own_distributions(policy, rows, surrogate):
+    cfg = config(method="sdar", surrogate=surrogate)
+    total, n = 0.0, sum(len(row.response_ids) for row in rows)
+    for row in rows:
+        student, teacher = (
+            policy.model(torch.tensor([prompt + row.response_ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            for prompt in (row.prompt_ids, row.teacher_ids))
+        at = torch.tensor(row.response_ids)[:, None]
+        gate = torch.sigmoid(cfg.gate_beta * (teacher - student).gather(1, at)[:, 0])
+        p, q = (student, teacher) if surrogate == "rkl" else (teacher, student)
+        total += (gate * (p.exp() * (p - q)).sum(-1)).sum().item() / n
+    found = 0.0
+    for bundles in sdar.micro_batches(copy.deepcopy(rows), cfg.micro_tokens):
+        found += float(sdar.step_loss(policy, dataclasses.replace(cfg, kl_coef=0.0), bundles, n)[1]["sdar/loss"])
+    assert found == pytest.approx(total, rel=1e-4) and found > 0
+
+
 def test_direct_loss_falls_on_the_predictors_of_response_tokens_alone(policy, rows):
     model, seen = copy.deepcopy(policy.model), []
 
@@ -1168,6 +1186,7 @@ BAD_INPUT = {
     "prompt limit too small": lambda t, m: ({"max_prompt_tokens": 20}, "--max_prompt_tokens"),
     "too many panel tasks": lambda t, m: ({"eval_tasks": 501}, "--eval_tasks"),
     "a flag without effect": lambda t, m: ({"method": "grpo", "gate_beta": 2}, "--gate_beta"),
+    "exact divergence to an early teacher": lambda t, m: ({"surrogate": "rkl", "teacher": "rollout"}, "--teacher"),
     "panel flags without a panel": lambda t, m: ({"eval_every": 0}, "--eval_tasks"),
     "out is a file": lambda t, m: ({"out": make_file(t / "taken")}, "taken"),
     "out below a file": lambda t, m: ({"out": make_file(t / "taken") / "run"}, "taken"),
