@@ -802,7 +802,7 @@ if triton is not None:
             "gradient": (128, 128, 64, 8, 3), "gradient + rkl": (64, 128, 64, 8, 3),
             "gradient + fkl": (64, 128, 64, 8, 3), "gradient + jsd": (64, 128, 64, 8, 3)}
     FP32 = {"forward": (64, 64, 32, 4, 2), "gradient": (64, 64, 32, 4, 2), "gradient + jsd": (32, 64, 32, 8, 2)}
-    FP32 = dict.fromkeys(HALF, (64, 64, 32, 8, 2)) | FP32
+    FP32 = dict.fromkeys(HALF, (64, 64, 32, 8, 2)) | FP32 | {"combine": (128, 0, 0, 4, 1)}
     OWN = {"sm_80": {"forward pair + KL": (32, 128, 64, 8, 3)},
            "sm_89": {"forward pair": (128, 64, 64, 8, 3), "forward pair + KL": (32, 128, 64, 8, 3)},
            "sm_90": {"forward": (128, 64, 64, 8, 3), "gradient": (128, 128, 32, 8, 4)},
@@ -854,7 +854,8 @@ if triton is not None:
         grid = (blocks(n, options["BLOCK_N"]) * strips,)
         _forward_kernel[grid](*tensors, problem.targets, partials, n, d, v, strip, *strides, problem.scale, PAIR=pair,
                               KL=kl, **options)
-        _combine_kernel[(blocks(n, 128),)](partials, whole, n, strips, PAIR=pair, KL=kl, BLOCK_N=128)
+        block = FP32["combine"][0]
+        _combine_kernel[(blocks(n, block),)](partials, whole, n, strips, PAIR=pair, KL=kl, BLOCK_N=block)
         if problem.divergence != "jsd":
             return finish(whole, fields, problem.divergence), {}
         found = finish(whole, fields, None)
@@ -1035,7 +1036,8 @@ def kernel_variants():
                for pair, kl in ((False, False), (True, False), (True, True))}
     gradient = {"gradient" + (f" + {name}" if name != "none" else ""): (_gradient_kernel, {"DIVERGENCE": name})
                 for name in ("none", *DIVERGENCES)}
-    return forward | {"mixture": (_mixture_kernel, {})} | gradient
+    combine = {"combine": (_combine_kernel, {"PAIR": True, "KL": True})}
+    return forward | combine | {"mixture": (_mixture_kernel, {})} | gradient
 
 
 def compile_variant(name, arch, half, tile=None):
@@ -1045,9 +1047,10 @@ def compile_variant(name, arch, half, tile=None):
 
     kernel, flags = kernel_variants()[name]
     n, v, d, warps, stages = tile or CONFIGS[arch]["half" if half else "fp32"][name]
-    constants = flags | {"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": d}
+    blocks = {"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": d}
+    constants = flags | {arg: size for arg, size in blocks.items() if arg in kernel.arg_names}
     types = {"student": "*bf16", "teacher": "*bf16", "weight": "*bf16", "out": "*bf16", "targets": "*i64",
-             "partials": "*fp32", "normalisers": "*fp32", "columns": "*fp32", "scale": "fp32"}
+             "partials": "*fp32", "whole": "*fp32", "normalisers": "*fp32", "columns": "*fp32", "scale": "fp32"}
     if not half:
         types |= dict.fromkeys(("student", "teacher", "weight", "out"), "*fp32")
     signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
@@ -1088,7 +1091,8 @@ def read_amdgcn(asm, arch):
 def report_compile():
     """Every kernel that would be chosen, for every architecture of CONFIGS and both kinds of dtype."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # silences a warning of triton 3.9 about this very default
-    jobs = [(name, arch, half) for arch in CONFIGS for half in (True, False) for name in kernel_variants()]
+    jobs = [(name, arch, half) for arch, rows in CONFIGS.items() for half in (True, False) for name in kernel_variants()
+            if name in rows["half" if half else "fp32"]]
     return [compile_variant(*job) for job in jobs]
 
 
