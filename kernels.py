@@ -602,6 +602,21 @@ if triton is not None:
         return z * scale, zt * scale
 
     @triton.jit
+    def _store_statistics(at, step, kept, m, s, e, zy, mt, st, zty, r, f, PAIR: tl.constexpr, KL: tl.constexpr):
+        """In the order of STUDENT, TEACHER, CROSS, `step` numbers apart."""
+        tl.store(at, m, mask=kept)
+        tl.store(at + step, s, mask=kept)
+        tl.store(at + 2 * step, e, mask=kept)
+        tl.store(at + 3 * step, zy, mask=kept)
+        if PAIR:
+            tl.store(at + 4 * step, mt, mask=kept)
+            tl.store(at + 5 * step, st, mask=kept)
+            tl.store(at + 6 * step, zty, mask=kept)
+        if KL:
+            tl.store(at + 7 * step, r, mask=kept)
+            tl.store(at + 8 * step, f, mask=kept)
+
+    @triton.jit
     def _forward_kernel(student, teacher, weight, targets, partials, N, D, V, strip, stride_s, stride_t, stride_w,
                         scale, PAIR: tl.constexpr, KL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
                         BLOCK_D: tl.constexpr):
@@ -655,17 +670,7 @@ if triton is not None:
         at = partials + number.to(tl.int64) * N + rows
         step = tl.num_programs(0) // row_blocks * tl.cast(N, tl.int64)
         kept = rows < N
-        tl.store(at, m, mask=kept)
-        tl.store(at + step, s, mask=kept)
-        tl.store(at + 2 * step, e, mask=kept)
-        tl.store(at + 3 * step, zy, mask=kept)
-        if PAIR:
-            tl.store(at + 4 * step, mt, mask=kept)
-            tl.store(at + 5 * step, st, mask=kept)
-            tl.store(at + 6 * step, zty, mask=kept)
-        if KL:
-            tl.store(at + 7 * step, r, mask=kept)
-            tl.store(at + 8 * step, f, mask=kept)
+        _store_statistics(at, step, kept, m, s, e, zy, mt, st, zty, r, f, PAIR, KL)
 
     @triton.jit
     def _combine_kernel(partials, whole, N, strips, PAIR: tl.constexpr, KL: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -711,17 +716,7 @@ if triton is not None:
             s = down * s + down_part * s_part
             m = m_new
         at, step = whole + rows, tl.cast(N, tl.int64)
-        tl.store(at, m, mask=kept)
-        tl.store(at + step, s, mask=kept)
-        tl.store(at + 2 * step, e, mask=kept)
-        tl.store(at + 3 * step, zy, mask=kept)
-        if PAIR:
-            tl.store(at + 4 * step, mt, mask=kept)
-            tl.store(at + 5 * step, st, mask=kept)
-            tl.store(at + 6 * step, zty, mask=kept)
-        if KL:
-            tl.store(at + 7 * step, r, mask=kept)
-            tl.store(at + 8 * step, f, mask=kept)
+        _store_statistics(at, step, kept, m, s, e, zy, mt, st, zty, r, f, PAIR, KL)
 
     @triton.jit
     def _mixture_kernel(student, teacher, weight, normalisers, partials, N, D, V, strip, stride_s, stride_t, stride_w,
