@@ -1394,8 +1394,11 @@ def reinforce(policy, optimizer, cfg, environments, skills, run, log, first, rea
                 reached("rl", step + 1)
 
 
-def train(cfg, run, resumed=None):
-    """One run: warm start if asked, then cfg.steps steps of reinforcement learning with evaluations and checkpoints."""
+def train(cfg, run=None, resumed=None):
+    """One run: warm start if asked, then cfg.steps steps of reinforcement learning with evaluations and checkpoints.
+
+    run, resumed: the folder and the checkpoint of a run to go on with; a new run's folder is made once all is loaded.
+    """
     count = max(cfg.tasks * cfg.group_size, cfg.eval_tasks if cfg.eval_every else 0)
     environments = [make_env(cfg) for _ in range(count)]
     step_tasks(cfg, environments[0], 0)  # both raise if there are too few tasks
@@ -1404,6 +1407,7 @@ def train(cfg, run, resumed=None):
     skills = load_skills(cfg, environments[0].task_types)
     policy = load_policy(cfg)
     check_prompt_limit(policy, cfg, environments[0])
+    run = run or open_run(cfg)
     state = {"phase": "sft" if cfg.sft_steps else "rl", "step": 0, "optimizer": None}
     if resumed:
         state["phase"], state["step"], state["optimizer"] = restore(policy, cfg, run, resumed)
@@ -1458,8 +1462,7 @@ def main(argv=None):
         if resume:
             cfg, run, checkpoint = reopen_run(resume, explicit)
             return train(cfg, run, checkpoint)
-        cfg = make_config(explicit)
-        return train(cfg, open_run(cfg))
+        return train(make_config(explicit))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
