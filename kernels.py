@@ -789,18 +789,20 @@ if triton is not None:
         place = _row(out, rows, V) + cols[None, :]
         tl.store(place, dz.to(out.dtype.element_ty), mask=kept[:, None] & (cols[None, :] < V))
 
-    # (BLOCK_N, BLOCK_V, BLOCK_D, warps, stages): the largest tiles found that compile without spills, which
-    # `python kernels.py compile` shows. HALF and FP32 are the common rows; an architecture names its exceptions.
+    # (BLOCK_N, BLOCK_V, BLOCK_D, warps, stages): the largest tiles found that triton 3.6 and 3.9 compile without
+    # spills, which `python kernels.py compile` shows. HALF and FP32 are the common rows; an architecture its exceptions.
     # FP32 has one BLOCK_D: both passes must sum a logit in one order, lest p do not sum to 1.
     HALF = {"forward": (128, 128, 64, 8, 3), "forward pair": (64, 128, 64, 8, 3),
             "forward pair + KL": (64, 64, 64, 4, 3), "mixture": (64, 128, 64, 8, 3),
             "gradient": (128, 128, 64, 8, 3), "gradient + rkl": (64, 128, 64, 8, 3),
             "gradient + fkl": (64, 128, 64, 8, 3), "gradient + jsd": (64, 128, 64, 8, 3)}
-    FP32 = {"forward": (64, 64, 32, 4, 2), "gradient": (64, 64, 32, 4, 2), "gradient + jsd": (32, 64, 32, 8, 2)}
-    FP32 = dict.fromkeys(HALF, (64, 64, 32, 8, 2)) | FP32 | {"combine": (128, 0, 0, 4, 1)}
-    OWN = {"sm_80": {"forward pair + KL": (32, 128, 64, 8, 3)},
-           "sm_89": {"forward pair": (128, 64, 64, 8, 3), "forward pair + KL": (32, 128, 64, 8, 3)},
-           "sm_90": {"forward": (128, 64, 64, 8, 3), "gradient": (128, 128, 32, 8, 4)},
+    FP32 = {"forward": (64, 64, 32, 4, 2), "forward pair": (64, 64, 32, 8, 2), "forward pair + KL": (64, 64, 32, 8, 2),
+            "mixture": (64, 64, 32, 8, 2), "gradient": (64, 64, 32, 4, 2), "gradient + rkl": (32, 64, 32, 8, 2),
+            "gradient + fkl": (32, 64, 32, 8, 2), "gradient + jsd": (32, 64, 32, 8, 2), "combine": (128, 0, 0, 4, 1)}
+    OWN = {"sm_80": {"forward pair + KL": (32, 128, 64, 8, 3), "gradient": (128, 64, 64, 8, 3)},
+           "sm_89": {"forward pair": (128, 64, 64, 8, 3), "forward pair + KL": (32, 128, 64, 8, 3),
+                     "gradient": (128, 64, 64, 8, 3)},
+           "sm_90": {"forward": (128, 64, 64, 8, 3), "gradient": (128, 64, 64, 8, 3)},
            "sm_100": {"gradient + jsd": (64, 64, 128, 8, 2)},
            "gfx942": {"forward": (128, 128, 64, 8, 2), "gradient": (128, 128, 64, 8, 2)}}
     CONFIGS = {arch: {"half": HALF | own, "fp32": FP32} for arch, own in OWN.items()}
