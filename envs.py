@@ -9,6 +9,7 @@ import bisect
 import functools
 import itertools
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -1116,17 +1117,616 @@ def parse_webshop(text: str, *, official: bool = False) -> tuple[str, bool]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# ALFWorld (Shridhar et al. 2021, arXiv 2010.03768; rules and texts of alfworld 0.4.2 on textworld 1.7.0)
+#
+# A household task in words. The official engine compiles each game with a planner and derives every text from a
+# grammar; the rules are few and the same in all games, so they stand here as plain functions on the set of facts that
+# are true. Only a game's objects, initial facts, goal and task sentence are read from its file.
+# ---------------------------------------------------------------------------------------------------------------------
+
+ALFWORLD_MAX_STEPS = 50
+ALFWORLD_SPLITS = ("train", "valid_seen", "valid_unseen")
+ALFWORLD_TYPES = ("pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_place_in_recep",
+                  "pick_heat_then_place_in_recep", "pick_cool_then_place_in_recep", "pick_two_obj_and_place")
+TASK_PREFIX = "Your task is to: "
+
+# The domain's predicates and their numbers of arguments. PDDL ignores case; everything is kept in lower case.
+DYNAMIC_PREDICATES = {
+    "atlocation": 2, "inreceptacle": 2, "objectatlocation": 2, "holds": 2, "holdsany": 1, "opened": 1, "isclean": 1,
+    "ishot": 1, "iscool": 1, "ison": 1, "istoggled": 1, "issliced": 1}
+STATIC_PREDICATES = {
+    "receptacleatlocation": 2, "openable": 1, "isreceptacleobject": 1, "inreceptacleobject": 2,
+    "isreceptacleobjectfull": 1, "wasinreceptacle": 2, "checked": 1, "examined": 1, "receptacletype": 2,
+    "cancontain": 2, "objecttype": 2, "holdsanyreceptacleobject": 1, "full": 1, "cleanable": 1, "heatable": 1,
+    "coolable": 1, "pickupable": 1, "moveable": 1, "toggleable": 1, "sliceable": 1}
+PREDICATES = DYNAMIC_PREDICATES | STATIC_PREDICATES
+# What the rules and texts rely on: the types of the arguments of the predicates that place things.
+SIGNATURES = {"atlocation": ("agent", "location"), "receptacleatlocation": ("receptacle", "location"),
+              "inreceptacle": ("object", "receptacle"), "holds": ("agent", "object")}
+
+# verb -> what the held object must be, the receptacle's type, the fact that becomes true, the one that ceases to be
+APPLIANCES = {"clean": ("cleanable", "sinkbasintype", "isclean", None),
+              "heat": ("heatable", "microwavetype", "ishot", "iscool"),
+              "cool": ("coolable", "fridgetype", "iscool", "ishot")}
+KNIVES = {"knifetype", "butterknifetype"}
+PUT_WORDINGS = {"move": ("move {} to {}", "You move the {} to the {}.", "move (object) to (receptacle):  "),
+                "put": ("put {} in/on {}", "You put the {} in/on the {}.", "put (object) in/on (receptacle):  ")}
+HELP = ("Available commands:\n"            # the first line break of its rule is lost in the original
+        "  look:                             look around your current location\n"
+        "  inventory:                        check your current inventory\n"
+        "  go to (receptacle):               move to a receptacle\n"
+        "  open (receptacle):                open a receptacle\n"
+        "  close (receptacle):               close a receptacle\n"
+        "  take (object) from (receptacle):  take an object from a receptacle\n"
+        "  {put}place an object in or on a receptacle\n"
+        "  examine (something):              examine a receptacle or an object\n"
+        "  use (object):                     use an object\n"
+        "  heat (object) with (receptacle):  heat an object using a receptacle\n"
+        "  clean (object) with (receptacle): clean an object using a receptacle\n"
+        "  cool (object) with (receptacle):  cool an object using a receptacle\n"
+        "  slice (object) with (object):     slice an object using a sharp object\n")
+
+
+class Game(NamedTuple):
+    """What a game file says. Shared between environments: not to be changed. A fact is a tuple (predicate, *ids)."""
+    task: str                            # the sentence after "Your task is to: "
+    task_type: str                       # one of ALFWORLD_TYPES, or "unknown"
+    agent: str
+    locations: list
+    objects: list                        # ids in the order of every list that is shown
+    names: dict                          # id -> name as shown, such as "mug 2"
+    receptacles: dict                    # location -> receptacles there, in the order shown
+    places: list                         # (receptacle, location), in the order shown
+    types: dict                          # receptacle or object -> its types
+    static: frozenset                    # facts that no action changes
+    initial: frozenset                   # the other facts that are true at the start
+    goal: object                         # ground formula over those, see `ground`
+
+
+# Reading game files
+
+def parse_lists(text, where):
+    """A PDDL text as nested lists of lower-case words; comments are left out."""
+    lists = [[]]
+    for word in re.findall(r"[()]|[^\s()]+", re.sub(r";[^\n]*", "", text).lower()):
+        if word == "(":
+            lists.append([])
+        elif word != ")":
+            lists[-1].append(word)
+        elif len(lists) > 1:
+            lists[-2].append(lists.pop())
+        else:
+            raise ValueError(f"{where}: the PDDL problem has a ')' without its '('; take the file as it was published.")
+    if len(lists) > 1:
+        raise ValueError(f"{where}: the PDDL problem lacks {len(lists) - 1} ')'; the file may have been cut off.")
+    return lists[0]
+
+
+def parse_typed(words):
+    """[(name, type)] of `a b - type c - type`; "object" is the type of names without one."""
+    typed, names = [], []
+    words = iter(words)
+    for word in words:
+        if word == "-":
+            kind = next(words, "object")
+            typed += [(name, kind) for name in names]
+            names = []
+        else:
+            names.append(word)
+    return typed + [(name, "object") for name in names]
+
+
+def check_fact(fact, by_type, where):
+    """Complain about a fact or a goal's atom that the rules can't use; variables begin with "?"."""
+    if not fact or not all(isinstance(word, str) for word in fact):
+        raise ValueError(f"{where}: {str(fact):.60} is no fact; it must be a predicate and its arguments.")
+    name, *arguments = fact
+    if name not in PREDICATES:
+        raise ValueError(f"{where}: predicate {name!r} is unknown to ALFWorld's rules; take a game of the original "
+                         "ALFRED domain.")
+    if len(arguments) != PREDICATES[name]:
+        raise ValueError(f"{where}: predicate {name!r} takes {PREDICATES[name]} arguments, not {len(arguments)}.")
+    for word, kind in zip(arguments, SIGNATURES.get(name, ())):
+        if word not in by_type.get(kind, ()) and not word.startswith("?"):
+            raise ValueError(f"{where}: {word!r} in a fact {name!r} is no {kind} of (:objects ...); declare it there.")
+
+
+def entity_names(ids):
+    """{id: name}. Numbers are given from the highest down, over the sorted ids of each kind, as the original does."""
+    kinds = {}
+    for entity in sorted(ids, reverse=True):
+        kind, bar, _ = entity.partition("_bar_")
+        kinds.setdefault((kind + "basin" * ("basin" in entity) if bar else kind, bool(bar)), []).append(entity)
+    return {entity: f"{kind} {number}" if numbered else kind
+            for (kind, numbered), entities in kinds.items() for number, entity in enumerate(entities, 1)}
+
+
+def is_static(formula):
+    """Whether a part of a goal is an atom that no action changes."""
+    return (isinstance(formula, list) and all(isinstance(word, str) for word in formula)
+            and (formula[:1] == ["="] and len(formula) == 3 or bool(formula) and formula[0] in STATIC_PREDICATES))
+
+
+def ground(formula, binding, by_type, static, where):
+    """A goal formula without variables: True, False, ("fact", fact), ("not", f), ("and", [f..]) or ("or", [f..]).
+
+    What depends on static facts alone is decided here, so that little is left to test after each step.
+    """
+    if not isinstance(formula, list) or not formula:
+        raise ValueError(f"{where}: the goal holds {str(formula):.60} where a formula is expected.")
+    head, parts = formula[0], formula[1:]
+    recurse = functools.partial(ground, by_type=by_type, static=static, where=where)
+    if head in ("and", "or"):
+        # What static facts decide goes first: a quantifier is not unfolded where its neighbours already fail.
+        parts = sorted(parts, key=lambda part: not is_static(part))
+        return combine(head, (recurse(part, binding) for part in parts))
+    if head == "not" and len(parts) == 1:
+        inner = recurse(parts[0], binding)
+        return not inner if isinstance(inner, bool) else ("not", inner)
+    if head == "imply" and len(parts) == 2:
+        return recurse(["or", ["not", parts[0]], parts[1]], binding)
+    if head in ("exists", "forall") and len(parts) == 2 and all(isinstance(part, list) for part in parts):
+        variables = parse_typed([str(word) for word in parts[0]])
+        if head == "forall":
+            return recurse(["not", ["exists", parts[0], ["not", parts[1]]]], binding)
+        conjuncts = parts[1][1:] if parts[1][:1] == ["and"] else [parts[1]]
+        tests = [part for part in conjuncts if is_static(part)]
+        return combine("or", (recurse(parts[1], bound)
+                              for bound in bindings(variables, binding, tests, by_type, static)))
+    if head in ("not", "imply", "exists", "forall"):
+        raise ValueError(f"{where}: the goal's {head!r} is malformed; take the file as it was published.")
+    atom = tuple(binding.get(word, word) if isinstance(word, str) else word for word in formula)
+    if head == "=" and is_static(formula):
+        return atom[1] == atom[2]
+    check_fact(list(atom), by_type, where)
+    free = [word for word in atom if word.startswith("?")]
+    if free:
+        raise ValueError(f"{where}: variable {free[0]!r} of the goal stands outside its quantifier.")
+    return ("fact", atom) if head in DYNAMIC_PREDICATES else atom in static
+
+
+def combine(head, parts):
+    """("and" | "or", parts) shortened where a part decides it; stops to draw parts as soon as one does."""
+    decisive, rest = head == "or", []
+    for part in parts:
+        if part is decisive:
+            return decisive
+        if not isinstance(part, bool):
+            rest.append(part)
+    return (head, rest) if rest else not decisive
+
+
+def bindings(variables, binding, tests, by_type, static):
+    """Every extension of `binding` to `variables`, less those where one of the static `tests` fails."""
+    if not variables:
+        yield binding
+        return
+    (name, kind), *rest = variables
+    for entity in by_type.get(kind, ()):
+        bound = {**binding, name: entity}
+        if all(_may_hold(test, bound, static) for test in tests if name in test):
+            yield from bindings(rest, bound, tests, by_type, static)
+
+
+def _may_hold(test, binding, static):
+    atom = tuple(binding.get(word, word) for word in test)
+    if any(word.startswith("?") for word in atom):
+        return True
+    return atom[1] == atom[2] if atom[0] == "=" else atom in static
+
+
+def is_true(formula, facts):
+    """Whether a formula of `ground` is true."""
+    if isinstance(formula, bool):
+        return formula
+    head, inner = formula
+    if head == "fact":
+        return inner in facts
+    if head == "not":
+        return not is_true(inner, facts)
+    if head == "and":
+        return all(is_true(part, facts) for part in inner)
+    return any(is_true(part, facts) for part in inner)
+
+
+def read_game_json(path):
+    """The JSON object in a file, which must be one."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise FileNotFoundError(f"There is no file {path}; give the path of a game.tw-pddl.") from error
+    except ValueError as error:          # both not JSON and not UTF-8
+        raise ValueError(f"{path} is not a JSON file: {error}; download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} where a JSON object is expected.")
+    return content
+
+
+def read_task(grammar, where):
+    """The task sentence, which the original's generator writes into a rule of the game's grammar."""
+    match = re.search(r'"task"\s*:\s*\[\s*\{\s*"rhs"\s*:\s*("(?:[^"\\]|\\.)*")', grammar)
+    if match is None:
+        raise ValueError(f"{where}: the grammar has no rule \"task\" with the task sentence; add one.")
+    return json.loads(match[1], strict=False).removeprefix(TASK_PREFIX)
+
+
+def read_task_type(path):
+    """The type as traj_data.json beside the game says, else as the names of the file and its folders do."""
+    trajectory = path.with_name("traj_data.json")
+    if trajectory.exists():
+        found = read_game_json(trajectory).get("task_type")
+        return found if found in ALFWORLD_TYPES else "unknown"
+    return next((kind for part in reversed(path.parts) for kind in ALFWORLD_TYPES if kind in part), "unknown")
+
+
+def parse_game(content, where, task_type="unknown"):
+    """The game in a game.tw-pddl's JSON object; `where` names the file in errors."""
+    for field in ("pddl_problem", "grammar"):
+        if not isinstance(content.get(field), str):
+            raise ValueError(f"{where}: field {field!r} is missing or no string; give a file of json_2.1.1.")
+    problem = parse_lists(content["pddl_problem"], where)
+    if len(problem) != 1 or problem[0][:1] != ["define"]:
+        raise ValueError(f"{where}: field 'pddl_problem' must be one (define ...).")
+    sections = {part[0]: part[1:] for part in problem[0][1:] if isinstance(part, list) and part
+                and isinstance(part[0], str)}
+    for section in (":objects", ":init", ":goal"):
+        if section not in sections:
+            raise ValueError(f"{where}: the PDDL problem has no section ({section} ...); take the file as published.")
+    if not all(isinstance(word, str) for word in sections[":objects"]) or len(sections[":goal"]) != 1:
+        raise ValueError(f"{where}: (:objects ...) must be a plain list and (:goal ...) hold one formula.")
+    by_type = {}
+    for name, kind in parse_typed(sections[":objects"]):
+        by_type.setdefault(kind, []).append(name)
+
+    facts = set()
+    for fact in sections[":init"]:
+        if isinstance(fact, list) and fact[:1] == ["="]:     # a distance or the cost, for planners
+            continue
+        check_fact(fact if isinstance(fact, list) else [fact], by_type, where)
+        facts.add(tuple(fact))
+    static = frozenset(fact for fact in facts if fact[0] in STATIC_PREDICATES)
+    agents = by_type.get("agent", [])
+    if len(agents) != 1 or sum(fact[0] == "atlocation" for fact in facts) != 1:
+        raise ValueError(f"{where}: there must be one agent and one fact of where it is (atLocation).")
+
+    ids = by_type.get("receptacle", []) + by_type.get("object", [])
+    types = {entity: set() for entity in ids}
+    places = []
+    for name, *arguments in static:
+        if name in ("objecttype", "receptacletype"):
+            types.setdefault(arguments[0], set()).add(arguments[1])
+        elif name == "receptacleatlocation":
+            places.append(tuple(arguments))
+    places.sort()
+    receptacles = {}
+    for receptacle, location in places:
+        receptacles.setdefault(location, []).append(receptacle)
+    goal = ground(sections[":goal"][0], {}, by_type, static, where)
+    return Game(read_task(content["grammar"], where), task_type, agents[0], by_type.get("location", []),
+                sorted(by_type.get("object", [])), entity_names(ids), receptacles, places, types, static,
+                frozenset(facts - static), goal)
+
+
+@functools.lru_cache(maxsize=512)
+def _load_game(path, stamp):
+    path = Path(path)
+    return parse_game(read_game_json(path), str(path), read_task_type(path))
+
+
+def load_game(path):
+    """The game in a game.tw-pddl file; the last 512 games are remembered as long as their files do not change."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise FileNotFoundError(f"There is no file {path}; give the path of a game.tw-pddl.") from error
+    return _load_game(os.path.abspath(path), (status.st_mtime_ns, status.st_size))
+
+
+@functools.lru_cache(maxsize=16)
+def find_games(data, split):
+    """(paths of a split's games, {reason: number of folders left out}), read once; the official loader's rules.
+
+    It leaves out movable receptacles and sliced objects, and what has no game file, another type or is not solvable.
+    """
+    root = Path(data)
+    if not root.is_dir():
+        raise FileNotFoundError(f"ALFWorld data folder {root} is no folder; give the one that holds json_2.1.1.")
+    folder = (root / "json_2.1.1" if (root / "json_2.1.1").is_dir() else root) / split
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}; the official layout is "
+                                f"json_2.1.1/{{{','.join(ALFWORLD_SPLITS)}}}/**/game.tw-pddl.")
+    games, skipped = [], Counter()
+    for parent in sorted({path.parent for name in ("game.tw-pddl", "traj_data.json") for path in folder.rglob(name)}):
+        inside, game = str(parent.relative_to(folder)), parent / "game.tw-pddl"
+        if not (parent / "traj_data.json").exists():
+            skipped["no traj_data.json"] += 1
+        elif "movable" in inside or "Sliced" in inside:
+            skipped["movable or sliced"] += 1
+        elif read_task_type(game) == "unknown":
+            skipped["other task type"] += 1
+        elif not game.exists():
+            skipped["no game.tw-pddl"] += 1
+        elif not read_game_json(game).get("solvable", False):
+            skipped["not solvable"] += 1
+        else:
+            games.append(str(game))
+    if not games:
+        left_out = ", ".join(f"{number} {reason}" for reason, number in skipped.items()) or "none were found"
+        raise ValueError(f"{folder} holds no playable game (left out: {left_out}); give a folder with at least one.")
+    return games, dict(skipped)
+
+
+# Rules
+
+def place_of(game, facts):
+    """The agent's location."""
+    return next(location for location in game.locations if ("atlocation", game.agent, location) in facts)
+
+
+def held_object(game, facts):
+    """The object in the agent's hands, or None."""
+    return next((thing for thing in game.objects if ("holds", game.agent, thing) in facts), None)
+
+
+def contents(game, facts, receptacle):
+    """The objects in or on a receptacle, in the order shown."""
+    return [thing for thing in game.objects if ("inreceptacle", thing, receptacle) in facts]
+
+
+def is_accessible(game, facts, receptacle):
+    return ("openable", receptacle) not in game.static or ("opened", receptacle) in facts
+
+
+def fits(game, thing, receptacle):
+    """Whether the receptacle's type can hold the object's; there is no limit to how many."""
+    return any(("cancontain", kind, of) in game.static
+               for kind in game.types[receptacle] for of in game.types[thing])
+
+
+def possible_actions(game, facts, put_wording="move"):
+    """{command: (verb, *ids)} of all that can be done, the engine's `admissible_commands`."""
+    names, static = game.names, game.static
+    place, held = place_of(game, facts), held_object(game, facts)
+    put = PUT_WORDINGS[put_wording][0]
+    actions = {"look": ("look",), "inventory": ("inventory",), "help": ("help",)}
+    for receptacle, location in game.places:
+        if location != place:
+            actions[f"go to {names[receptacle]}"] = ("go", receptacle, location)
+    for receptacle in game.receptacles.get(place, ()):
+        where, accessible = names[receptacle], is_accessible(game, facts, receptacle)
+        actions[f"examine {where}"] = ("examine receptacle", receptacle)
+        if ("openable", receptacle) in static:
+            verb = "close" if accessible else "open"
+            actions[f"{verb} {where}"] = (verb, receptacle)
+        for thing in contents(game, facts, receptacle):
+            if accessible and held is None and ("pickupable", thing) in static:
+                actions[f"take {names[thing]} from {where}"] = ("take", thing, receptacle)
+            if ("toggleable", thing) in static:              # the original asks not that the receptacle be open
+                actions[f"use {names[thing]}"] = ("use", thing)
+        if held is None:
+            continue
+        if accessible and fits(game, held, receptacle):
+            actions[put.format(names[held], where)] = ("put", held, receptacle)
+        for verb, (ability, kind, _, _) in APPLIANCES.items():
+            if (ability, held) in static and kind in game.types[receptacle]:
+                actions[f"{verb} {names[held]} with {where}"] = (verb, held, receptacle)
+    if held is not None:
+        # The domain means to offer what lies in an open receptacle here, too, but a comma in its list of variables
+        # makes a type that nothing has: as recorded, only what is held can be examined.
+        actions[f"examine {names[held]}"] = ("examine", held)
+        if game.types[held] & KNIVES:
+            for thing in game.objects:                       # even what lies in a closed receptacle
+                if ("sliceable", thing) in static and ("objectatlocation", thing, place) in facts:
+                    actions[f"slice {names[thing]} with {names[held]}"] = ("slice", thing, held)
+    return actions
+
+
+def apply_action(game, facts, action):
+    """Change `facts` as a possible action does."""
+    verb, *ids = action
+    agent, place = game.agent, place_of(game, facts)
+    if verb == "go":
+        facts.remove(("atlocation", agent, place))
+        facts.add(("atlocation", agent, ids[1]))
+    elif verb == "open":
+        facts.add(("opened", ids[0]))
+    elif verb == "close":
+        facts.remove(("opened", ids[0]))
+    elif verb == "take":
+        facts -= {("inreceptacle", *ids), ("objectatlocation", ids[0], place)}
+        facts |= {("holds", agent, ids[0]), ("holdsany", agent)}
+    elif verb == "put":
+        facts -= {("holds", agent, ids[0]), ("holdsany", agent)}
+        facts |= {("inreceptacle", *ids), ("objectatlocation", ids[0], place)}
+    elif verb in APPLIANCES:
+        _, _, gained, lost = APPLIANCES[verb]
+        facts.add((gained, ids[0]))
+        facts.discard((lost, ids[0]))
+    elif verb == "use":
+        facts ^= {("ison", ids[0])}
+        facts.add(("istoggled", ids[0]))
+    elif verb == "slice":
+        facts.add(("issliced", ids[0]))
+
+
+# Texts
+
+def list_names(names, article="a "):
+    """"a x", "a x, and a y", "a x, a y, and a z", or "nothing"."""
+    *first, last = [article + name for name in names] or ["nothing"]
+    return ", ".join(first) + ", and " + last if first else last
+
+
+def receptacle_text(game, facts, receptacle):
+    name = game.names[receptacle]
+    if not is_accessible(game, facts, receptacle):
+        return f"The {name} is closed."
+    seen = list_names(game.names[thing] for thing in contents(game, facts, receptacle))
+    if ("openable", receptacle) in game.static:
+        return f"The {name} is open. In it, you see {seen}."
+    return f"On the {name}, you see {seen}."
+
+
+def object_text(game, facts, thing):
+    name = game.names[thing]
+    if ("isreceptacleobject", thing) in game.static:
+        inner = [game.names[other] for other in game.objects if ("inreceptacleobject", other, thing) in game.static]
+        return f"This is a normal {name}. In it, you see {list_names(inner)}."
+    hot, cool, clean, is_sliced = ((fact, thing) in facts for fact in ("ishot", "iscool", "isclean", "issliced"))
+    qualities = ["hot"] if hot else ["cool"] if cool else []
+    qualities += ["clean"] if clean else []
+    if qualities:
+        if qualities == ["cool"] and not is_sliced:          # the only combination that the original calls so
+            qualities = ["cold"]
+        return f"This is a {' and '.join(qualities)}{' sliced' if is_sliced else ''} {name}."
+    if ("toggleable", thing) in game.static:
+        return f"This {name} is {'on' if ('istoggled', thing) in facts else 'off'}."
+    return f"This is a sliced {name}." if is_sliced else f"There's nothing special about {name}."
+
+
+def look_text(game, facts, first=False):
+    """What "look" says. Only the `first` look, which opens an episode, lists the room."""
+    here = game.receptacles.get(place_of(game, facts))
+    if here:                             # objects are always in a receptacle, so nothing is ever next to one
+        return f"You are facing the {list_names((game.names[r] for r in here), '')}. Next to it, you see nothing."
+    seen = list_names(game.names[receptacle] for receptacle, _ in game.places) if first else "nothing"
+    return f"You are in the middle of a room. Looking quickly around you, you see {seen}."
+
+
+def feedback(game, facts, action, put_wording="move"):
+    """The engine's answer to an action that was done; `facts` are those after it."""
+    verb, *ids = action
+    first, second = ([game.names.get(entity) for entity in ids] + [None, None])[:2]
+    if verb == "go":
+        return f"You arrive at {first}. {receptacle_text(game, facts, ids[0])}"
+    if verb == "open":
+        return f"You open the {first}. {receptacle_text(game, facts, ids[0])}"
+    if verb == "close":
+        return f"You close the {first}."
+    if verb == "take":
+        return f"You pick up the {first} from the {second}."
+    if verb == "put":
+        return PUT_WORDINGS[put_wording][1].format(first, second)
+    if verb in APPLIANCES:
+        return f"You {verb} the {first} using the {second}."
+    if verb == "use":                    # the original asks whether it was ever used, so it never turns off
+        return f"You turn on the {first}."
+    if verb == "slice":
+        return f"You sliced the {first} with the {second}."
+    if verb == "examine":
+        return object_text(game, facts, ids[0])
+    if verb == "examine receptacle":
+        return receptacle_text(game, facts, ids[0])
+    if verb == "look":
+        return look_text(game, facts)
+    if verb == "help":
+        return HELP.replace("{put}", PUT_WORDINGS[put_wording][2])
+    held = held_object(game, facts)
+    return "You are not carrying anything." if held is None else f"You are carrying: a {game.names[held]}."
+
+
+class ALFWorld(gymnasium.Env):
+    """Do a household task; actions are the engine's commands: `go to fridge 1`, `heat egg 1 with microwave 1`.
+
+    data: folder with the official layout, json_2.1.1/{train,valid_seen,valid_unseen}/**/game.tw-pddl, each beside its
+        traj_data.json (the folder json_2.1.1 itself will do too). None: only games given by path can be played.
+    put_wording: "move" ("move X to Y", version 0.4.2) or "put" ("put X in/on Y", older releases).
+
+    `reset(options=)` takes {"split": one of ALFWORLD_SPLITS, "task_id": int}, or {"game": path of a game.tw-pddl},
+    which is played whatever its folder and its field `solvable` say. Games of a split are numbered in the order of
+    their paths. The reward is 1 and the episode terminated in every state where the goal is true; as in the original,
+    one can go on from there, and undo it. It is truncated after `ALFWORLD_MAX_STEPS`.
+
+    State: game (a `Game`), facts (those that actions change, as a set), actions ({command: action} possible now).
+    `skipped(split)` counts the games left out. Raises FileNotFoundError or ValueError for missing or malformed files
+    and impossible options of `reset`.
+    """
+    metadata = {"render_modes": []}
+    task_types = ALFWORLD_TYPES
+
+    def __init__(self, data=None, *, put_wording="move"):
+        if put_wording not in PUT_WORDINGS:
+            raise ValueError(f"put_wording must be 'move' or 'put', not {put_wording!r}.")
+        if data is not None and not Path(data).is_dir():
+            raise FileNotFoundError(f"ALFWorld data folder {data} is no folder; give the one that holds json_2.1.1.")
+        self.data, self.put_wording = None if data is None else str(data), put_wording
+        self.observation_space, self.action_space = AnyText(max_length=65536), AnyText(max_length=1024)
+        self.game = None
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.game, self.task_id = self._choose_game(options or {})
+        self.facts, self.steps = set(self.game.initial), 0
+        observation = (f"-= Welcome to TextWorld, ALFRED! =-\n\n{look_text(self.game, self.facts, first=True)}\n\n"
+                       f"{TASK_PREFIX}{self.game.task}")
+        return observation, self._info(valid=True)
+
+    def _choose_game(self, options):
+        """(game, task_id); the task_id is the number in the split, None for a game given by its path."""
+        unknown = options.keys() - {"split", "task_id", "game"}
+        if unknown or "game" in options and len(options) > 1:
+            raise ValueError(f"reset takes options 'split' and 'task_id', or 'game' alone, not {sorted(options)}.")
+        if "game" in options:
+            return load_game(options["game"]), None
+        split, task_id = options.get("split", "train"), options.get("task_id")
+        games = self._games(split)[0]
+        if task_id is None:
+            task_id = int(self.np_random.integers(len(games)))
+        if not isinstance(task_id, (int, np.integer)) or not 0 <= task_id < len(games):
+            raise ValueError(f"Game {task_id!r} is not in split {split!r}; it must be a number from 0 to "
+                             f"{len(games) - 1}.")
+        return load_game(games[task_id]), int(task_id)
+
+    def _games(self, split):
+        if split not in ALFWORLD_SPLITS:
+            raise ValueError(f"ALFWorld has no split {split!r}; splits are {', '.join(ALFWORLD_SPLITS)}.")
+        if self.data is None:
+            raise ValueError("There is no data folder; give ALFWorld one, or reset a game by options={'game': path}.")
+        return find_games(self.data, split)
+
+    def step(self, action):
+        if not isinstance(action, str):
+            raise TypeError(f"An ALFWorld action is a string such as 'go to desk 1', not {type(action).__name__}.")
+        if self.game is None:
+            raise gymnasium.error.ResetNeeded("Call reset before the first step.")
+        found = self.actions.get(action.strip())
+        if found is None:
+            observation = "Nothing happens."
+        else:
+            apply_action(self.game, self.facts, found)
+            observation = feedback(self.game, self.facts, found, self.put_wording)
+        self.steps += 1
+        info = self._info(valid=found is not None)
+        truncated = not info["won"] and self.steps >= ALFWORLD_MAX_STEPS
+        return observation, info["score"], info["won"], truncated, info
+
+    def _info(self, *, valid):
+        self.actions = possible_actions(self.game, self.facts, self.put_wording)
+        won = is_true(self.game.goal, self.facts)
+        return {"task": self.game.task, "task_id": self.task_id, "task_type": self.game.task_type,
+                "admissible": sorted(self.actions), "valid": valid, "won": won, "score": float(won)}
+
+    def num_tasks(self, split):
+        return len(self._games(split)[0])
+
+    def skipped(self, split):
+        """{reason: number of games of the split that were left out}."""
+        return self._games(split)[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Registry
 # ---------------------------------------------------------------------------------------------------------------------
 
-ENVIRONMENTS = {"webshop": WebShop}
+ENVIRONMENTS = {"webshop": WebShop, "alfworld": ALFWorld}
 PROMPTS = {"webshop": webshop_prompt}    # (task, history, observation, admissible, skills) -> user message of a turn
 PARSERS = {"webshop": parse_webshop}
 gymnasium.register(id="sdar/WebShop-v0", entry_point=WebShop)
+gymnasium.register(id="sdar/ALFWorld-v0", entry_point=ALFWorld)
 
 
 def make(name, data=None, **kwargs) -> gymnasium.Env:
-    """The environment called `name` ("webshop") on `data` (a path, or None for generated tasks)."""
+    """The environment called `name` ("webshop", "alfworld") on `data`: a path, or None for its own tasks."""
     if name not in ENVIRONMENTS:
         raise ValueError(f"There is no environment {name!r}; choose one of {', '.join(ENVIRONMENTS)}.")
     return ENVIRONMENTS[name](data, **kwargs)

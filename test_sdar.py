@@ -1,22 +1,27 @@
 """All tests, on CPU, in the order of the equations: tasks that can be won; advantages, policy loss, KL, gate and
 distillation; prompts; rollout; training step; run folder; bad input; then kernels, WebShop, its generated catalogue,
-evaluation.
+ALFWorld, evaluation.
 
 Tests of real tokenizers run where SDAR_TOKENIZERS names a folder with qwen2.5-tokenizer and qwen3-tokenizer.
 """
 
+import atexit
 import collections
 import copy
 import dataclasses
+import functools
 import gzip
 import importlib
 import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import warnings
@@ -2534,6 +2539,235 @@ def test_the_official_projection_is_reproduced():
     for case in golden("training_variant")["projection"]:
         action, valid = envs.parse_webshop(case["text"], official=True)
         assert (action, int(valid)) == (case["action"], case["valid"]), case
+
+
+# ==================================================================================================== envs.py: ALFWorld
+
+ALFWORLD_GOLDEN = GOLDEN.parent / "alfworld"
+GAMES = sorted(path.name.removesuffix(".json.gz") for path in ALFWORLD_GOLDEN.glob("*.json.gz"))
+
+
+@functools.cache
+def recorded(name):
+    """{"game": what is left of the game file, "plan" and "walk": {"steps": ..}}."""
+    return json.loads(gzip.decompress((ALFWORLD_GOLDEN / f"{name}.json.gz").read_bytes()))
+
+
+@functools.cache
+def game_file(name):
+    folder = Path(tempfile.mkdtemp()) / name
+    atexit.register(shutil.rmtree, folder.parent)
+    folder.mkdir()
+    (folder / "game.tw-pddl").write_text(json.dumps(recorded(name)["game"]))
+    return folder / "game.tw-pddl"
+
+
+def replay_game(name, kind):
+    """Plays a recorded episode, yields (the record, its step, what the environment says to it)."""
+    record = recorded(name)[kind]
+    env = envs.ALFWorld()
+    for step in record["steps"]:
+        if step["command"] is None:
+            text, info = env.reset(options={"game": game_file(name)})
+            reward, done = 0.0, info["won"]
+        else:
+            text, reward, done, _, info = env.step(step["command"])
+        yield record, step, text, reward, done, info
+
+
+def game_with(tmp_path, **changes):
+    content = dict(recorded(GAMES[0])["game"])
+    content.update(changes)
+    path = tmp_path / "game.tw-pddl"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def game_problem():
+    return recorded(GAMES[0])["game"]["pddl_problem"]
+
+
+@pytest.mark.parametrize("kind", ["plan", "walk"])
+@pytest.mark.parametrize("name", GAMES)
+def test_every_step_is_the_official_engines(name, kind):
+    for number, (record, step, text, reward, done, info) in enumerate(replay_game(name, kind)):
+        assert (text, info["admissible"], reward, done, info["won"]) == (
+            step["feedback"], step["admissible"], step["reward"], step["done"], step["won"]), number
+        assert info["task_type"] == record["task_type"]
+        assert info["valid"] == (text != "Nothing happens.") and info["score"] == reward
+
+
+def test_the_transcripts_cover_all_six_types_and_receptacles_that_share_a_place():
+    games = [envs.load_game(game_file(name)) for name in GAMES]
+    assert {game.task_type for game in games} == set(envs.ALFWORLD_TYPES)
+    assert any(len(receptacles) > 1 for game in games for receptacles in game.receptacles.values())
+
+
+def test_a_goal_that_is_undone_is_no_longer_won():
+    name = "pick_and_place_simple-KeyChain-Sofa-201-2"
+    steps = [step["command"] for step in recorded(name)["plan"]["steps"][1:]]
+    env = envs.ALFWorld()
+    env.reset(options={"game": game_file(name)})
+    for command in steps:
+        _, reward, done, _, info = env.step(command)
+    assert (reward, done) == (1.0, True)
+    assert env.step("look")[1:3] == (1.0, True)
+    thing, place = re.fullmatch("move (.+) to (.+)", command).groups()
+    assert env.step(f"take {thing} from {place}")[1:3] == (0.0, False)
+
+
+def test_the_older_wording_of_putting_changes_that_command_its_text_and_the_help_alone():
+    name = "pick_two_obj_and_place-Mug-Shelf-1-0"
+    env = envs.ALFWorld(put_wording="put")
+    env.reset(options={"game": game_file(name)})
+
+    def older(text):
+        text = re.sub(r"^You move the (.+) to the (.+)\.$", r"You put the \1 in/on the \2.", text)
+        return re.sub(r"^move (.+) to (.+)$", r"put \1 in/on \2", text)
+
+    for step in recorded(name)["plan"]["steps"][1:]:
+        text, reward, done, _, info = env.step(older(step["command"]))
+        assert (text, reward, done) == (older(step["feedback"]), step["reward"], step["done"])
+        assert info["admissible"] == sorted(map(older, step["admissible"]))
+    assert "put (object) in/on (receptacle)" in env.step("help")[0]
+    with pytest.raises(ValueError, match="put_wording must be"):
+        envs.ALFWorld(put_wording="place")
+
+
+def test_what_official_goals_and_files_may_hold_is_read():
+    lists = envs.parse_lists("(a (B ?x) ; comment (\n c)", "x")
+    assert lists == [["a", ["b", "?x"], "c"]]
+    by_type = {"receptacle": ["r1", "r2"]}
+    closed = envs.parse_lists("(forall (?r - receptacle) (imply (openable ?r) (not (opened ?r))))", "x")[0]
+    goal = envs.ground(closed, {}, by_type, frozenset({("openable", "r1")}), "x")
+    assert envs.is_true(goal, set()) and envs.is_true(goal, {("opened", "r2")})
+    assert not envs.is_true(goal, {("opened", "r1")})
+
+
+def test_objects_tell_what_was_done_to_them():
+    game = envs.load_game(game_file(GAMES[0]))
+    thing = next(entity for entity in game.objects if ("toggleable", entity) not in game.static)
+    for facts, text in [("", "There's nothing special about X."), ("ishot isclean", "This is a hot and clean X."),
+                        ("iscool", "This is a cold X."), ("iscool isclean", "This is a cool and clean X."),
+                        ("iscool issliced", "This is a cool sliced X."), ("issliced", "This is a sliced X."),
+                        ("ishot isclean issliced", "This is a hot and clean sliced X.")]:
+        shown = envs.object_text(game, {(fact, thing) for fact in facts.split()}, thing)
+        assert shown == text.replace("X", game.names[thing])
+
+
+def test_a_start_beside_a_receptacle_is_seen_at_once(tmp_path):
+    place = re.search(r"\(receptacleAtLocation \S+ (\S+)\)", game_problem())[1]
+    path = game_with(tmp_path, pddl_problem=game_problem().replace("agent1 loc_bar_start)", f"agent1 {place})"))
+    text, _ = envs.ALFWorld().reset(options={"game": path})
+    assert "\n\nYou are facing the " in text
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("{", "is not a JSON file"), ("[]", "JSON object is expected"), ("{}", "field 'pddl_problem' is missing")])
+def test_a_file_that_is_no_game_is_refused_in_one_sentence(tmp_path, text, sentence):
+    path = tmp_path / "game.tw-pddl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=sentence) as error:
+        envs.ALFWorld().reset(options={"game": path})
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("old, new, sentence", [
+    ("(:init", "(:start", r"no section \(:init"), ("(:goal", "(:aim", r"no section \(:goal"),
+    ("(:objects", "(:things", r"no section \(:objects"),
+    ("(:init", "(:init (sparkles agent1)", "predicate 'sparkles' is unknown"),
+    ("(:init", "(:init (opened agent1 agent1)", "takes 1 arguments, not 2"),
+    ("(:init", "(:init x", "predicate 'x' is unknown"),
+    ("(:init", "(:init ()", "is no fact"), ("(:init", "(:init ((x))", "is no fact"),
+    ("(isToggled ?ot)", "(glows ?ot)", "predicate 'glows' is unknown"),
+    ("(isToggled ?ot)", "((glows) ?ot)", "is no fact"), ("(isToggled ?ot)", "glows", "where a formula is expected"),
+    ("(isToggled ?ot)", "(exists x (glows))", "is malformed"), ("(isToggled ?ot)", "()", "where a formula"),
+    ("(isToggled ?ot)", "(= ?ot)", "predicate '=' is unknown"),
+    ("(:init", "(:init (inReceptacle x y)", "is no object of"),
+    ("(holds ?a ?o)", "(holds ?a ?other)", "outside its quantifier"), ("(:goal", "((:goal", "lacks 1"),
+    ("(define", ")(define", "without its"), ("(:init", "(:init (atLocation agent1 loc_bar_start2)", "is no ")])
+def test_a_malformed_problem_is_refused_in_one_sentence(tmp_path, old, new, sentence):
+    assert old in game_problem()
+    path = game_with(tmp_path, pddl_problem=game_problem().replace(old, new, 1))
+    with pytest.raises(ValueError, match=sentence) as error:
+        envs.load_game(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_grammar_without_a_task_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no rule \"task\""):
+        envs.load_game(game_with(tmp_path, grammar="x"))
+
+
+def add_game(root, split, name, task_type=envs.ALFWORLD_TYPES[1], game=True, **changes):
+    folder = root / "json_2.1.1" / split / name / "trial_T1"
+    folder.mkdir(parents=True)
+    if game:
+        game_with(folder, **changes)
+    if task_type:
+        (folder / "traj_data.json").write_text(json.dumps({"task_type": task_type}))
+    return folder
+
+
+def test_the_official_layout_is_read_and_what_its_loader_skips_is_counted(tmp_path):
+    for name in ("b", "a"):
+        add_game(tmp_path, "train", name)
+    add_game(tmp_path, "train", "pick_and_place_with_movable_recep-A")
+    add_game(tmp_path, "train", "pick-AppleSliced-B")
+    add_game(tmp_path, "train", "c", task_type="other")
+    add_game(tmp_path, "train", "d", task_type=None)
+    add_game(tmp_path, "train", "e", game=False)
+    add_game(tmp_path, "train", "f", solvable=False)
+    add_game(tmp_path, "valid_seen", "g", solvable=False)
+    for data in (tmp_path, tmp_path / "json_2.1.1"):
+        env = envs.ALFWorld(data)
+        assert env.num_tasks("train") == 2
+        assert env.skipped("train") == {"movable or sliced": 2, "other task type": 1, "no traj_data.json": 1,
+                                        "no game.tw-pddl": 1, "not solvable": 1}
+        _, info = env.reset(options={"split": "train", "task_id": 1})
+        assert (info["task_id"], info["task_type"]) == (1, "look_at_obj_in_light")
+        assert env.reset(seed=5) == env.reset(seed=5)
+        check_env(env, skip_render_check=True)
+    with pytest.raises(ValueError, match="holds no playable game .*1 not solvable"):
+        env.num_tasks("valid_seen")
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        env.num_tasks("valid_unseen")
+    with pytest.raises(ValueError, match="no split 'test'"):
+        env.reset(options={"split": "test"})
+    with pytest.raises(ValueError, match="number from 0 to 1"):
+        env.reset(options={"task_id": 2})
+
+
+def test_missing_files_and_wrong_calls_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        envs.ALFWorld(tmp_path / "none")
+    env = envs.ALFWorld()
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        env.reset(options={"game": tmp_path / "none"})
+    with pytest.raises(ValueError, match="'game' alone"):
+        env.reset(options={"game": game_file(GAMES[0]), "split": "train"})
+    with pytest.raises(ValueError, match="no data folder"):
+        env.reset()
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step("look")
+    with pytest.raises(TypeError, match="is a string"):
+        env.step(1)
+
+
+def test_an_episode_is_truncated_after_fifty_steps_and_blanks_around_a_command_are_ignored():
+    env = envs.ALFWorld()
+    env.reset(options={"game": game_file(GAMES[0])})
+    assert [env.step(" look\n")[3] for _ in range(50)] == [False] * 49 + [True]
+    assert env.step("Look")[0] == "Nothing happens."
+
+
+def test_a_game_that_changed_on_disk_is_read_again(tmp_path):
+    path = tmp_path / "game.tw-pddl"
+    shutil.copy(game_file(GAMES[0]), path)
+    first = envs.load_game(path)
+    assert envs.load_game(path) is first
+    shutil.copy(game_file(GAMES[-1]), path)
+    assert envs.load_game(path).task != first.task
 
 
 # ============================================================================================================== eval.py

@@ -2,6 +2,7 @@
 
     python results/measure.py step               a GRPO step against TRL's (pip install trl datasets accelerate)
     python results/measure.py webshop            steps a second, loading
+    python results/measure.py alfworld           steps a second, reset and parsing of the recorded games
     TRITON_INTERPRET=1 python results/measure.py liger       errors beside fused_linear_jsd (pip install liger-kernel)
     python results/measure.py curves RUN RUN ..  success on the panel of some finished runs; draws results/curve.png too
 
@@ -126,6 +127,34 @@ def measure_webshop(episodes=2000):
             "steps_per_s": steps / seconds}
 
 
+def measure_alfworld(repeats=20):
+    """The recorded commands of data/golden/alfworld, admissible commands included, on one core."""
+    import gzip
+    records = [json.loads(gzip.decompress(path.read_bytes()))
+               for path in sorted((HERE.parent / "data" / "golden" / "alfworld").glob("*.json.gz"))]
+    parsing, resets, seconds, steps, env = [], [], 0.0, 0, envs.ALFWorld()
+    with tempfile.TemporaryDirectory() as folder:
+        for number, record in enumerate(records):
+            path = Path(folder) / f"{number}.tw-pddl"
+            path.write_text(json.dumps(record["game"]))
+            start = time.perf_counter()
+            envs.load_game(path)
+            parsing.append(time.perf_counter() - start)
+            for kind in ("plan", "walk") * repeats:
+                start = time.perf_counter()
+                env.reset(options={"game": path})
+                reset = time.perf_counter()
+                for step in record[kind]["steps"][1:]:
+                    env.step(step["command"])
+                resets.append(reset - start)
+                seconds += time.perf_counter() - reset
+                steps += len(record[kind]["steps"]) - 1
+    print(f"{len(records)} games: parsed in at most {max(parsing) * 1e3:.1f} ms, reset in {max(resets) * 1e3:.2f} ms, "
+          f"{steps / seconds:.0f} steps/s ({steps} steps)")
+    return {"games": len(records), "parse_s": max(parsing), "reset_s": max(resets), "steps": steps,
+            "steps_per_s": steps / seconds}
+
+
 def measure_liger(n=64, d=128, v=1064):
     """Errors against fp64 of a mean KL and its gradients, bf16, on the same inputs. On a CPU and in the interpreter."""
     import os
@@ -163,7 +192,8 @@ def measure_liger(n=64, d=128, v=1064):
             rows.append({"divergence": divergence, "path": name, "loss": abs(loss.item() / want.item() - 1),
                          "d_student": errors[0], "d_weight": errors[1]})
     kernels.print_rows(rows)
-    return {"liger-kernel": version("liger-kernel"), "n": n, "d": d, "v": v, "dtype": "bfloat16", "relative_errors": rows}
+    return {"liger-kernel": version("liger-kernel"), "n": n, "d": d, "v": v, "dtype": "bfloat16",
+            "relative_errors": rows}
 
 
 def panel_points(run):
@@ -206,10 +236,11 @@ def measure_curves(*runs):
 
 
 def main():
-    what = {"step": measure_step, "webshop": measure_webshop, "liger": measure_liger, "curves": measure_curves}
+    what = {"step": measure_step, "webshop": measure_webshop, "alfworld": measure_alfworld, "liger": measure_liger,
+            "curves": measure_curves}
     name, *arguments = sys.argv[1:] or [""]
     if name not in what or (name == "curves") != bool(arguments):
-        sys.exit("usage: python results/measure.py step | webshop | liger | curves RUN RUN ..")
+        sys.exit("usage: python results/measure.py step | webshop | alfworld | liger | curves RUN RUN ..")
     report = {"command": shlex.join(["python", "results/measure.py", *sys.argv[1:]]), "torch": torch.__version__,
               "python": platform.python_version(), "threads": torch.get_num_threads()}
     (HERE / f"{name}.json").write_text(json.dumps(report | what[name](*arguments), indent=1) + "\n")
