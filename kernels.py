@@ -819,7 +819,8 @@ if triton is not None:
     def launch_options(problem, name):
         """-> the keyword arguments of a kernel's launch that say how it is tiled."""
         rows = CONFIGS[architecture(problem.weight.device)]
-        n, v, d, warps, stages = rows["fp32" if problem.student.dtype == torch.float32 else "half"][name]
+        wide = any(x is not None and x.dtype == torch.float32 for x in (problem.student, problem.teacher))
+        n, v, d, warps, stages = rows["fp32" if wide else "half"][name]
         return {"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
 
     def blocks(length, size):
