@@ -69,6 +69,8 @@ except ImportError:  # no part of torch's CPU builds; the torch backend needs no
 IGNORE = -100  # the target that torch.nn.functional.cross_entropy ignores
 GATES = ("gap", "entropy", "soft_or", "none")
 DIVERGENCES = ("rkl", "fkl", "jsd")
+GPU_CHUNK = 8192  # tokens, and columns of the vocabulary, of a chunk on a GPU: products that fill it
+STRIPS = 16  # parts of the vocabulary whose statistics triton computes side by side
 KEEP_BYTES = 7 * 2**25  # 224 MiB of logits may be kept from forward to backward, on CPU
 
 
@@ -288,10 +290,10 @@ def slices(length, size):
 
 
 def chunk_sizes(problem):
-    """(tokens, vocabulary) of a chunk: for caches on a CPU; on a GPU for matrix products that fill it."""
+    """(tokens, vocabulary) of a chunk; on a CPU one that stays in its caches."""
     n, vocab = len(problem.targets), len(problem.weight)
     if problem.weight.is_cuda:
-        return max(1, min(n, 8192)), min(vocab, 8192)
+        return max(1, min(n, GPU_CHUNK)), min(vocab, GPU_CHUNK)
     columns = min(vocab, 4096)
     return max(1, min(n, max(256, 2**20 // columns))), columns
 
@@ -556,8 +558,6 @@ BACKENDS = {"torch": Backend(torch_forward, torch_gradient)}
 #
 # No atomics, and each element is written by one program, so that two runs are bit-equal. Programs are numbered with the
 # token blocks fastest: those that share a stretch of W run together, and axis 0 has no limit of 65,535.
-
-STRIPS = 16  # parts of the vocabulary whose statistics are computed side by side
 
 if triton is not None:
     LOWEST = tl.constexpr(-1e30)  # below every logit; minus infinity would make NaN of 0 * inf
@@ -996,7 +996,8 @@ def report_memory(n=8192):
         sums = 4 * n * d + 4 * vocab_chunk * d  # fp32 of d_student, and of a chunk of d_weight
         numbers = 4 * n * (len(fields_of(True, "rkl")) * 2 + len(Scores._fields))
         on_cpu = sums + numbers + 4 * vocab_chunk * d + 4 * token_chunk * (5 * vocab_chunk + 2 * d) + KEEP_BYTES
-        on_gpu = 4 * n * d + 4 * 8192 * d + 2 * 8192 * min(n, 8192) + 4 * n * (9 * (STRIPS + 1) + 7)
+        on_gpu = 4 * n * d + 4 * GPU_CHUNK * d + 2 * GPU_CHUNK * min(n, GPU_CHUNK)
+        on_gpu += 4 * n * (len(fields_of(True, "rkl")) * (STRIPS + 1) + len(Scores._fields))
         rows.append({"model": model, "n": n, "d": d, "v": v, "triton": on_gpu, "torch on cpu": on_cpu,
                      "full logits, at least": 2 * 4 * n * v})  # both sides' log-probs in fp32
     return rows
