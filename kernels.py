@@ -790,7 +790,7 @@ if triton is not None:
         tl.store(place, dz.to(out.dtype.element_ty), mask=kept[:, None] & (cols[None, :] < V))
 
     # (BLOCK_N, BLOCK_V, BLOCK_D, warps, stages): the largest tiles found that triton 3.6 and 3.9 compile without
-    # spills, which `python kernels.py compile` shows. HALF and FP32 are the common rows; an architecture its exceptions.
+    # spills, which `python kernels.py compile` shows. HALF and FP32 are the common rows, OWN has the exceptions.
     # FP32 has one BLOCK_D: both passes must sum a logit in one order, lest p do not sum to 1.
     HALF = {"forward": (128, 128, 64, 8, 3), "forward pair": (64, 128, 64, 8, 3),
             "forward pair + KL": (64, 64, 64, 4, 3), "mixture": (64, 128, 64, 8, 3),
