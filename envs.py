@@ -1742,3 +1742,8 @@ def parse_action(env_name, text, *, official=False):
     ('click[buy now]', True)
     """
     return PARSERS[env_name](text, official=official)
+
+
+def write_answer(env_name, thought, action):
+    """The answer that `parse_action` reads back as (action, True)."""
+    return f"<think>{thought}</think>" + (action if env_name == "search" else f"<action>{action}</action>")

@@ -151,7 +151,7 @@ def print_difference(title, result):
 CONDITIONS = {"without": "without skills", "with": "with skills in the prompt"}
 
 # Settings of sdar.Config that decide an episode, and those that say where it is played; flags under the same names.
-SETTINGS = ("env", "data", "skills", "retrieval", "max_turns", "history", "history_observations", "max_prompt_tokens",
+SETTINGS = ("env", "data", "retriever", "skills", "retrieval", "max_turns", "history", "history_observations", "max_prompt_tokens",
             "max_response_tokens", "check_admissible", "seed", "dtype", "rollout_batch")
 MACHINE = ("device", "threads")
 
@@ -169,7 +169,10 @@ def evaluation_config(model, explicit):
         return sdar.make_config(panel | {"model": model} | explicit)
     if not (folder / "config.json").is_file():
         raise sdar.UserError(f"There is no checkpoint {model} (no config.json in it): give one that sdar.py saved.")
-    cfg = dataclasses.replace(sdar.read_run_config(folder.parent), **panel | {"model": model} | explicit)
+    run = sdar.read_run_config(folder.parent)
+    if explicit.get("env", run.env) != run.env:
+        run = sdar.move(run, explicit["env"])
+    cfg = dataclasses.replace(run, **panel | {"model": model} | explicit)
     sdar.validate(cfg, {}, {field.name: field for field in dataclasses.fields(sdar.Config)})
     return cfg
 

@@ -951,7 +951,7 @@ def test_careful_demonstrations_hold_the_skills_and_careless_ones_do_not(policy,
     seen = collections.Counter()
     for careless in (0.5, 1.0, 0.0):
         for _ in range(20):
-            rows = sdar.demonstrations(policy.chat, config(max_turns=15, sft_careless=careless), env, skills, rng)
+            rows = sdar.demonstrations(policy.chat, sdar.Arena(config(sft_careless=careless), env, skills), rng)
             shown = {"Skills:" in policy.chat.tokenizer.decode(row.prompt_ids) for row in rows}
             assert len(shown) <= 1 and all(row.response_ids[-1] == policy.chat.tokenizer.eos_token_id for row in rows)
             seen[careless, shown.pop() if shown else None] += 1
@@ -1033,10 +1033,10 @@ def test_resuming_a_run_that_is_past_the_given_steps_does_not_mislabel_its_weigh
 
 def test_cloning_lowers_the_experts_loss(policy, skills):
     moving = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
-    cfg, env = config(sft_steps=200, sft_tokens=3000, sft_lr=5e-3, max_grad_norm=1.0), sdar.make_env(config())
+    cfg = config(sft_steps=200, sft_tokens=3000, sft_lr=5e-3, max_grad_norm=1.0)
+    arenas = [sdar.Arena(cfg, sdar.make_env(cfg), skills)]
     optimizer = sdar.make_optimizer(moving.model, cfg.lr, cfg)
-    losses = [
-        sdar.warm_start_step(moving, optimizer, cfg, env, skills, 50)["sft/loss"] for _ in range(6)]  # one batch again
+    losses = [sdar.warm_start_step(moving, optimizer, cfg, arenas, 50)["sft/loss"] for _ in range(6)]  # one batch
     assert losses[-1] < 0.8 * losses[0]
 
 
