@@ -1089,7 +1089,7 @@ def new_model(cfg, vocabulary=2048, episodes=1500):
             texts += ["user\n", render(arena.cfg, context, skills), "assistant\n", thought, action]
     # Without brackets, so that none grows into a token with the word behind it: a label is then the same tokens in the
     # page and in the action.
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator((text.replace("[", "\n") for text in texts), vocabulary - 13)
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator((text.replace("[", "\n") for text in texts), vocabulary - 12)
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
                                   "additional_special_tokens": ["<|im_start|>"]})
     tags = [f"<{slash}{name}>" for name in ("think", "action", "search", "answer", "information") for slash in ("", "/")]
