@@ -303,8 +303,8 @@ def validate(cfg, explicit, fields):
     if cfg.model == "new" and not cfg.sft_steps:
         raise UserError("--model new has random weights: add --sft_steps N to teach it the expert's play first.")
     if cfg.surrogate in kernels.DIVERGENCES and cfg.teacher not in ("live", "none"):
-        raise UserError(f"--surrogate {cfg.surrogate} needs the teacher's whole distribution, which only --teacher live "
-                        f"computes: leave --teacher {cfg.teacher} out.")
+        raise UserError(f"--surrogate {cfg.surrogate} needs the teacher's whole distribution, which only --teacher "
+                        f"live computes: leave --teacher {cfg.teacher} out.")
     idle = {}
     if cfg.teacher == "none":
         idle |= dict.fromkeys(("sdar_coef", "gate_beta", "gate", "surrogate", "retrieval", "teacher_prompt"),
@@ -1092,7 +1092,8 @@ def new_model(cfg, vocabulary=2048, episodes=1500):
     tokenizer = Qwen2Tokenizer().train_new_from_iterator((text.replace("[", "\n") for text in texts), vocabulary - 12)
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
                                   "additional_special_tokens": ["<|im_start|>"]})
-    tags = [f"<{slash}{name}>" for name in ("think", "action", "search", "answer", "information") for slash in ("", "/")]
+    names = ("think", "action", "search", "answer", "information")
+    tags = [f"<{slash}{name}>" for name in names for slash in ("", "/")]
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
     tokenizer.chat_template = CHATML
     size = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
@@ -1469,7 +1470,8 @@ def train(cfg, run=None, resumed=None):
     head = policy.model.get_output_embeddings().weight
     kernel = kernels.choose_backend("auto", head, head)
     print(f"{cfg.method} on {cfg.env} ({tasks}), model {cfg.model} ({size:.2f}M parameters), {policy.device}, "
-          f"run folder {run}\n{kernel} kernels: log-probs within {policy.fused_error:.1e} of the model's own", flush=True)
+          f"run folder {run}\n{kernel} kernels: log-probs within {policy.fused_error:.1e} of the model's own",
+          flush=True)
     with tqdm(total=cfg.sft_steps + cfg.steps, initial=state["step"] + (cfg.sft_steps if state["phase"] == "rl" else 0),
               unit="step", dynamic_ncols=True) as bar:
         log = Log(run, cfg, bar)

@@ -197,41 +197,47 @@ def measure_liger(n=64, d=128, v=1064):
 
 
 def panel_points(run):
-    """A run folder -> its method, seed, training minutes and the panel's (step, sampled, greedy) points."""
+    """A run folder -> its environment, method, seed, minutes of training and the panel's (step, sampled, greedy)."""
     cfg = sdar.read_run_config(Path(run))
     entries = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     entries = [entry for entry in entries if entry["phase"] == "rl"]
     points = [(e["step"], e["eval/success"], e["eval/greedy_success"]) for e in entries if "eval/success" in e]
     provenance = json.loads((Path(run) / "config.json").read_text())["provenance"]
-    return {"method": cfg.method, "seed": cfg.seed, "threads": cfg.threads, "points": points,
+    return {"env": cfg.env, "method": cfg.method, "seed": cfg.seed, "threads": cfg.threads, "points": points,
             "commit": provenance["commit"], "training_minutes": sum(e.get("time/step", 0.0) for e in entries) / 60}
 
 
 def measure_curves(*runs):
-    """Table and picture: a thin line a seed, a thick one for the mean of a method; sampled left, greedy right."""
+    """Table and picture, a row of panes an environment: sampled left, greedy right; a thin line a seed, thick means."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     found = [panel_points(run) for run in runs]
-    figure, panes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for color, method in zip(("C0", "C1"), sorted({run["method"] for run in found}, reverse=True)):
-        of_method = [run for run in found if run["method"] == method]
-        for pane, (column, title) in zip(panes, ((1, "sampled at T=0.4"), (2, "greedy"))):
-            lines = [[(point[0], point[column]) for point in run["points"]] for run in of_method]
-            for line in lines:
-                pane.plot(*zip(*line), color=color, alpha=0.35, lw=1)
-            means = [(points[0][0], sum(p[1] for p in points) / len(points)) for points in zip(*lines)]
-            pane.plot(*zip(*means), color=color, marker="o", ms=4, label=f"{method}, mean of {len(lines)} seeds")
-            pane.set(title=title, xlabel="training step", ylim=(0, 1))
-            pane.grid(alpha=0.3)
-    panes[0].set_ylabel("success on 128 unseen generated tasks")
-    panes[1].legend(loc="lower right")
+    names = [name for name in envs.ENVIRONMENTS if any(run["env"] == name for run in found)]
+    figure, panes = pyplot.subplots(len(names), 2, figsize=(10, 1 + 2.8 * len(names)), sharey=True, squeeze=False)
+    for name, row in zip(names, panes):
+        for color, method in (("C0", "sdar"), ("C1", "grpo")):
+            chosen = [run for run in found if (run["env"], run["method"]) == (name, method)]
+            for pane, (column, title) in zip(row, ((1, "sampled at T=0.4"), (2, "greedy"))):
+                lines = [[(point[0], point[column]) for point in run["points"]] for run in chosen]
+                for line in lines:
+                    pane.plot(*zip(*line), color=color, alpha=0.35, lw=1)
+                means = [(points[0][0], sum(p[1] for p in points) / len(points)) for points in zip(*lines)]
+                if means:
+                    label = f"{method}, mean of {len(lines)} seeds"
+                    pane.plot(*zip(*means), color=color, marker="o", ms=4, label=label)
+                pane.set(title=f"{name}, {title}", ylim=(0, 1))
+                pane.grid(alpha=0.3)
+        row[0].set_ylabel("success, 128 unseen tasks")
+        row[1].legend(loc="lower right")
+    for pane in panes[-1]:
+        pane.set_xlabel("training step")
     figure.tight_layout()
     figure.savefig(HERE / "curve.png", dpi=120)
     for run in found:
         (_, first, first_greedy), (step, last, last_greedy) = run["points"][0], run["points"][-1]
-        print(f"{run['method']:5} seed {run['seed']}: sampled {first:.3f} -> {last:.3f}, greedy {first_greedy:.3f} -> "
-              f"{last_greedy:.3f} in {step} steps, {run['training_minutes']:.1f} min of training")
+        print(f"{run['env']:8} {run['method']:5} seed {run['seed']}: sampled {first:.3f} -> {last:.3f}, greedy "
+              f"{first_greedy:.3f} -> {last_greedy:.3f} in {step} steps, {run['training_minutes']:.1f} min of training")
     return {"runs": found}
 
 
