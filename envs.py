@@ -28,6 +28,16 @@ class AnyText(gymnasium.spaces.Text):
         return isinstance(x, str)
 
 
+def split_answer(text, tail):
+    """An answer -> (action, valid); without the action's tags the action is the last `tail` characters. Lower-cased."""
+    lower = text.lower()
+    start, end = lower.find("<action>"), lower.find("</action>")
+    if start < 0 or end < 0:
+        return lower[len(lower) - min(tail, len(lower)):], False
+    valid = "<think>" in text and "</think>" in text and not re.search("[\u4e00-\u9fff]", text)
+    return lower[start + len("<action>"):end].strip(), valid
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # WebShop (Yao et al. 2022, arXiv 2207.01206; rules of princeton-nlp/WebShop in its text modes)
 #
@@ -1108,12 +1118,7 @@ def parse_webshop(text: str, *, official: bool = False) -> tuple[str, bool]:
     >>> parse_webshop("click[buy now]"), parse_webshop("click[buy now]", official=True)
     (('', False), ('click[buy now]', False))
     """
-    lower = text.lower()
-    start, end = lower.find("<action>"), lower.find("</action>")
-    if start < 0 or end < 0:
-        return (lower[-20:] if official else ""), False
-    valid = "<think>" in text and "</think>" in text and not re.search("[\u4e00-\u9fff]", text)
-    return lower[start + len("<action>"):end].strip(), valid
+    return split_answer(text, 20 if official else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1125,7 +1130,7 @@ def parse_webshop(text: str, *, official: bool = False) -> tuple[str, bool]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ALFWORLD_MAX_STEPS = 50
-ALFWORLD_SPLITS = ("train", "valid_seen", "valid_unseen")
+ALFWORLD_SPLITS = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}    # and their numbers of official games
 ALFWORLD_TYPES = ("pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_place_in_recep",
                   "pick_heat_then_place_in_recep", "pick_cool_then_place_in_recep", "pick_two_obj_and_place")
 TASK_PREFIX = "Your task is to: "
@@ -1374,16 +1379,20 @@ def parse_game(content, where, task_type="unknown"):
             raise ValueError(f"{where}: the PDDL problem has no section ({section} ...); take the file as published.")
     if not all(isinstance(word, str) for word in sections[":objects"]) or len(sections[":goal"]) != 1:
         raise ValueError(f"{where}: (:objects ...) must be a plain list and (:goal ...) hold one formula.")
-    by_type = {}
-    for name, kind in parse_typed(sections[":objects"]):
-        by_type.setdefault(kind, []).append(name)
+    facts = [fact if isinstance(fact, list) else [fact] for fact in sections[":init"]
+             if not isinstance(fact, list) or fact[:1] != ["="]]     # those are distances and costs, for planners
+    return build_game(parse_typed(sections[":objects"]), facts, sections[":goal"][0],
+                      read_task(content["grammar"], where), task_type, where)
 
-    facts = set()
-    for fact in sections[":init"]:
-        if isinstance(fact, list) and fact[:1] == ["="]:     # a distance or the cost, for planners
-            continue
-        check_fact(fact if isinstance(fact, list) else [fact], by_type, where)
-        facts.add(tuple(fact))
+
+def build_game(typed, initial, goal, task, task_type, where):
+    """A game from [(name, type)], facts and the goal as nested lists, and the task's sentence and type."""
+    by_type = {}
+    for name, kind in typed:
+        by_type.setdefault(kind, []).append(name)
+    for fact in initial:
+        check_fact(fact, by_type, where)
+    facts = {tuple(fact) for fact in initial}
     static = frozenset(fact for fact in facts if fact[0] in STATIC_PREDICATES)
     agents = by_type.get("agent", [])
     if len(agents) != 1 or sum(fact[0] == "atlocation" for fact in facts) != 1:
@@ -1401,10 +1410,9 @@ def parse_game(content, where, task_type="unknown"):
     receptacles = {}
     for receptacle, location in places:
         receptacles.setdefault(location, []).append(receptacle)
-    goal = ground(sections[":goal"][0], {}, by_type, static, where)
-    return Game(read_task(content["grammar"], where), task_type, agents[0], by_type.get("location", []),
-                sorted(by_type.get("object", [])), entity_names(ids), receptacles, places, types, static,
-                frozenset(facts - static), goal)
+    return Game(task, task_type, agents[0], by_type.get("location", []), sorted(by_type.get("object", [])),
+                entity_names(ids), receptacles, places, types, static, frozenset(facts - static),
+                ground(goal, {}, by_type, static, where))
 
 
 @functools.lru_cache(maxsize=512)
@@ -1629,17 +1637,18 @@ class ALFWorld(gymnasium.Env):
     """Do a household task; actions are the engine's commands: `go to fridge 1`, `heat egg 1 with microwave 1`.
 
     data: folder with the official layout, json_2.1.1/{train,valid_seen,valid_unseen}/**/game.tw-pddl, each beside its
-        traj_data.json (the folder json_2.1.1 itself will do too). None: only games given by path can be played.
+        traj_data.json (the folder json_2.1.1 itself will do too); None takes generated tasks in as many games as the
+        official ones, whose scores are not comparable with those on the official games.
     put_wording: "move" ("move X to Y", version 0.4.2) or "put" ("put X in/on Y", older releases).
 
-    `reset(options=)` takes {"split": one of ALFWORLD_SPLITS, "task_id": int}, or {"game": path of a game.tw-pddl},
-    which is played whatever its folder and its field `solvable` say. Games of a split are numbered in the order of
-    their paths. The reward is 1 and the episode terminated in every state where the goal is true; as in the original,
-    one can go on from there, and undo it. It is truncated after `ALFWORLD_MAX_STEPS`.
+    `reset(options=)` takes {"split": one of ALFWORLD_SPLITS, or "val" for valid_unseen, "task_id": int}, or {"game":
+    path of a game.tw-pddl}, which is played whatever its folder and its field `solvable` say. Official games of a split
+    are numbered in the order of their paths. The reward is 1 and the episode terminated in every state where the goal
+    is true; as in the original, one can go on from there, and undo it. It is truncated after `ALFWORLD_MAX_STEPS`.
 
-    State: game (a `Game`), facts (those that actions change, as a set), actions ({command: action} possible now).
-    `skipped(split)` counts the games left out. Raises FileNotFoundError or ValueError for missing or malformed files
-    and impossible options of `reset`.
+    State: game (a `Game`), facts (those that actions change, as a set), actions ({command: action} possible now), last
+    (the action done by the last step, None at the start and where nothing happened). `skipped(split)` counts the games
+    left out. Raises FileNotFoundError or ValueError for missing or malformed files and impossible options of `reset`.
     """
     metadata = {"render_modes": []}
     task_types = ALFWORLD_TYPES
@@ -1656,7 +1665,7 @@ class ALFWorld(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.game, self.task_id = self._choose_game(options or {})
-        self.facts, self.steps = set(self.game.initial), 0
+        self.facts, self.steps, self.last = set(self.game.initial), 0, None
         observation = (f"-= Welcome to TextWorld, ALFRED! =-\n\n{look_text(self.game, self.facts, first=True)}\n\n"
                        f"{TASK_PREFIX}{self.game.task}")
         return observation, self._info(valid=True)
@@ -1669,27 +1678,27 @@ class ALFWorld(gymnasium.Env):
         if "game" in options:
             return load_game(options["game"]), None
         split, task_id = options.get("split", "train"), options.get("task_id")
-        games = self._games(split)[0]
+        size = self.num_tasks(split)
         if task_id is None:
-            task_id = int(self.np_random.integers(len(games)))
-        if not isinstance(task_id, (int, np.integer)) or not 0 <= task_id < len(games):
-            raise ValueError(f"Game {task_id!r} is not in split {split!r}; it must be a number from 0 to "
-                             f"{len(games) - 1}.")
-        return load_game(games[task_id]), int(task_id)
-
-    def _games(self, split):
-        if split not in ALFWORLD_SPLITS:
-            raise ValueError(f"ALFWorld has no split {split!r}; splits are {', '.join(ALFWORLD_SPLITS)}.")
+            task_id = int(self.np_random.integers(size))
+        if not isinstance(task_id, (int, np.integer)) or not 0 <= task_id < size:
+            raise ValueError(f"Game {task_id!r} is not in split {split!r}; it must be a number from 0 to {size - 1}.")
         if self.data is None:
-            raise ValueError("There is no data folder; give ALFWorld one, or reset a game by options={'game': path}.")
-        return find_games(self.data, split)
+            return generate_game(self._split(split), int(task_id)), int(task_id)
+        return load_game(find_games(self.data, self._split(split))[0][task_id]), int(task_id)
+
+    def _split(self, split):
+        split = "valid_unseen" if split == "val" else split
+        if split not in ALFWORLD_SPLITS:
+            raise ValueError(f"ALFWorld has no split {split!r}; splits are {', '.join(ALFWORLD_SPLITS)} and val.")
+        return split
 
     def step(self, action):
         if not isinstance(action, str):
             raise TypeError(f"An ALFWorld action is a string such as 'go to desk 1', not {type(action).__name__}.")
         if self.game is None:
             raise gymnasium.error.ResetNeeded("Call reset before the first step.")
-        found = self.actions.get(action.strip())
+        found = self.last = self.actions.get(action.strip())
         if found is None:
             observation = "Nothing happens."
         else:
@@ -1707,11 +1716,439 @@ class ALFWorld(gymnasium.Env):
                 "admissible": sorted(self.actions), "valid": valid, "won": won, "score": float(won)}
 
     def num_tasks(self, split):
-        return len(self._games(split)[0])
+        split = self._split(split)
+        return ALFWORLD_SPLITS[split] if self.data is None else len(find_games(self.data, split)[0])
 
     def skipped(self, split):
         """{reason: number of games of the split that were left out}."""
-        return self._games(split)[1]
+        split = self._split(split)
+        return {} if self.data is None else find_games(self.data, split)[1]
+
+    def expert(self):
+        """A good next action, in any state of a game of the six types."""
+        return alfworld_expert(self)[1]
+
+    def demonstrate(self, rng, careless=False):
+        """The next (thought, action) of the careful or the careless player; rng: `random.Random`."""
+        return alfworld_habit(self, rng) if careless else alfworld_expert(self)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ALFWorld: generated tasks
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Room(NamedTuple):
+    """A kind of room: what stands in it, as "receptacle number, ..", one layout a line."""
+    seen: list                           # layouts of train and valid_seen
+    unseen: list                         # layouts of valid_unseen alone
+
+
+ALFWORLD_ROOMS = {
+    "kitchen": Room(
+        ["cabinet 3, coffeemachine 1, countertop 2, drawer 2, fridge 1, garbagecan 1, microwave 1, sinkbasin 1",
+         "cabinet 2, countertop 3, diningtable 1, drawer 2, fridge 1, garbagecan 1, microwave 1, sinkbasin 1",
+         "cabinet 4, countertop 1, drawer 1, fridge 1, microwave 1, shelf 1, sinkbasin 1, stoveburner 2",
+         "coffeemachine 1, countertop 2, diningtable 1, drawer 3, fridge 1, microwave 1, shelf 2, sinkbasin 1",
+         "cabinet 2, coffeemachine 1, countertop 1, diningtable 2, fridge 1, microwave 1, sinkbasin 1, stoveburner 1",
+         "cabinet 3, countertop 2, drawer 1, fridge 1, garbagecan 1, microwave 1, sinkbasin 1"],
+        ["cabinet 4, coffeemachine 1, countertop 2, fridge 1, garbagecan 1, microwave 1, shelf 1, sinkbasin 1",
+         "cabinet 1, countertop 3, diningtable 1, drawer 2, fridge 1, microwave 1, sinkbasin 1, stoveburner 2",
+         "cabinet 2, countertop 1, diningtable 1, drawer 2, fridge 1, garbagecan 1, microwave 1, sinkbasin 1"]),
+    "living room": Room(
+        ["armchair 2, coffeetable 1, drawer 2, garbagecan 1, shelf 1, sidetable 2, sofa 1, tvstand 1",
+         "armchair 1, coffeetable 2, diningtable 1, drawer 1, sidetable 1, sofa 1, tvstand 1",
+         "armchair 2, coffeetable 1, desk 1, drawer 2, shelf 2, sofa 1",
+         "coffeetable 1, diningtable 1, dresser 1, garbagecan 1, shelf 2, sidetable 1, sofa 2, tvstand 1",
+         "armchair 1, desk 1, drawer 3, shelf 1, sidetable 2, sofa 1, tvstand 1"],
+        ["armchair 2, coffeetable 1, diningtable 1, drawer 1, dresser 1, sidetable 1, sofa 1",
+         "armchair 1, coffeetable 1, desk 1, drawer 2, garbagecan 1, shelf 1, sidetable 1, sofa 1, tvstand 1"]),
+    "bedroom": Room(
+        ["bed 1, desk 1, drawer 3, dresser 1, garbagecan 1, shelf 2",
+         "bed 1, desk 2, drawer 2, safe 1, shelf 1, sidetable 1",
+         "bed 2, drawer 2, dresser 1, garbagecan 1, sidetable 2",
+         "armchair 1, bed 1, desk 1, drawer 1, dresser 1, shelf 3",
+         "bed 1, desk 1, drawer 4, garbagecan 1, safe 1, sidetable 2"],
+        ["bed 1, desk 1, drawer 2, dresser 1, garbagecan 1, shelf 1, sidetable 1",
+         "armchair 1, bed 2, desk 1, drawer 3, safe 1, shelf 1, sidetable 1"]),
+    "bathroom": Room(
+        ["bathtubbasin 1, cabinet 2, countertop 1, garbagecan 1, sinkbasin 2, toilet 1, toiletpaperhanger 1",
+         "cabinet 4, countertop 1, garbagecan 1, handtowelholder 1, sinkbasin 1, toilet 1, towelholder 1",
+         "countertop 1, drawer 3, garbagecan 1, shelf 1, sinkbasin 1, toilet 1, toiletpaperhanger 1",
+         "cabinet 3, countertop 2, garbagecan 1, handtowelholder 2, sinkbasin 1, toilet 1"],
+        ["bathtubbasin 1, cabinet 3, countertop 1, drawer 1, garbagecan 1, sinkbasin 1, toilet 1",
+         "cabinet 2, countertop 1, drawer 2, handtowelholder 1, shelf 1, sinkbasin 1, toilet 1"]),
+}
+# (things, rooms where they occur, what can hold them: where one looks for them, likeliest first)
+ALFWORLD_THINGS = [
+    ("apple bread egg lettuce potato tomato", "kitchen",
+     "fridge countertop diningtable sinkbasin microwave garbagecan"),
+    ("cup plate", "kitchen", "countertop cabinet diningtable shelf sinkbasin fridge microwave"),
+    ("bowl mug", "kitchen bedroom",
+     "countertop cabinet desk shelf diningtable dresser coffeemachine sinkbasin fridge microwave"),
+    ("butterknife fork knife ladle spatula spoon", "kitchen", "countertop drawer diningtable sinkbasin"),
+    ("kettle pan pot", "kitchen", "stoveburner countertop cabinet sinkbasin"),
+    ("peppershaker saltshaker", "kitchen", "countertop cabinet shelf drawer diningtable"),
+    ("glassbottle winebottle", "kitchen", "countertop cabinet garbagecan shelf fridge diningtable"),
+    ("cloth dishsponge soapbar", "kitchen bathroom", "sinkbasin countertop cabinet bathtubbasin toilet garbagecan"),
+    ("candle soapbottle spraybottle tissuebox", "bathroom", "countertop cabinet toilet shelf drawer garbagecan"),
+    ("toiletpaper", "bathroom", "toiletpaperhanger toilet countertop cabinet shelf drawer garbagecan"),
+    ("handtowel", "bathroom", "handtowelholder countertop cabinet bathtubbasin"),
+    ("towel", "bathroom", "towelholder bathtubbasin"),
+    ("cd cellphone creditcard keychain pen pencil watch", "living bedroom",
+     "desk sidetable drawer coffeetable shelf dresser diningtable safe"),
+    ("book laptop newspaper", "living bedroom", "sofa bed coffeetable desk armchair sidetable diningtable dresser"),
+    ("remotecontrol", "living", "sofa tvstand armchair coffeetable sidetable drawer"),
+    ("pillow", "living bedroom", "sofa bed armchair"),
+    ("alarmclock statue vase", "living bedroom", "shelf sidetable dresser desk tvstand coffeetable diningtable safe"),
+    ("desklamp floorlamp", "living bedroom", "desk sidetable dresser tvstand shelf"),
+]
+ALFWORLD_HOMES = {thing: homes.split() for things, _, homes in ALFWORLD_THINGS for thing in things.split()}
+ALFWORLD_ABILITIES = {
+    "cleanable": """apple bowl butterknife cloth cup dishsponge egg fork kettle knife ladle lettuce mug pan plate pot
+        potato soapbar spatula spoon tomato""".split(),
+    "heatable": "apple bread cup egg mug plate potato tomato".split(),
+    "coolable": "apple bowl bread cup egg lettuce mug pan plate pot potato tomato winebottle".split(),
+    "sliceable": "apple bread egg lettuce potato tomato".split(),
+    "toggleable": "desklamp floorlamp".split(),
+}
+ALFWORLD_OPENABLE = {"cabinet", "drawer", "fridge", "microwave", "safe"}
+
+PLACED = """(exists (?r - receptacle ?o - object) (and (objecttype ?o {thing}type) (receptacletype ?r {place}type)
+    (inreceptacle ?o ?r)%s))"""
+LIT = """(and (exists (?lamp - object ?r - receptacle ?a - agent ?l - location) (and (objecttype ?lamp {place}type)
+        (istoggled ?lamp) (receptacleatlocation ?r ?l) (atlocation ?a ?l) (inreceptacle ?lamp ?r)))
+    (exists (?o - object ?a - agent) (and (objecttype ?o {thing}type) (holds ?a ?o))))"""
+TWO = """(exists (?r - receptacle ?o - object ?other - object) (and (not (= ?o ?other)) (objecttype ?o {thing}type)
+    (objecttype ?other {thing}type) (receptacletype ?r {place}type) (inreceptacle ?o ?r) (inreceptacle ?other ?r)))"""
+
+
+class TaskRule(NamedTuple):
+    """A task type of the generator. In the texts {thing} is what to bring, {place} the receptacle or the lamp."""
+    rooms: str
+    sentences: tuple                     # the original's two
+    goal: str                            # PDDL; its types are named after the kinds
+    verb: str | None = None              # what to do to the thing before
+
+
+def _treat(verb, quality, rooms):
+    ability, _, gained, _ = APPLIANCES[verb]
+    return TaskRule(rooms, (f"put a {quality} {{thing}} in {{place}}.",
+                            f"{verb} some {{thing}} and put it in {{place}}."),
+                    PLACED % f" ({ability} ?o) ({gained} ?o)", verb)
+
+
+ALFWORLD_RULES = dict(zip(ALFWORLD_TYPES, [
+    TaskRule("kitchen, living room, bedroom, bathroom", ("put a {thing} in {place}.", "put some {thing} on {place}."),
+             PLACED % ""),
+    TaskRule("living room, bedroom", ("look at {thing} under the {place}.", "examine the {thing} with the {place}."),
+             LIT),
+    _treat("clean", "clean", "kitchen, bathroom"), _treat("heat", "hot", "kitchen"), _treat("cool", "cool", "kitchen"),
+    TaskRule("kitchen, living room, bedroom, bathroom",
+             ("put two {thing} in {place}.", "find two {thing} and put them in {place}."), TWO)]))
+
+
+@functools.lru_cache(maxsize=512)
+def generate_game(split, task_id):
+    """Game number `task_id` of a split of ALFWORLD_SPLITS; its type goes round with the number.
+
+    A room with 8 to 13 receptacles; one or two of the wanted things (two or three where two are to be brought), none
+    where they are to go; a lamp in living rooms and bedrooms; 10 to 16 other things. All lie where things of their kind
+    are at home, with half the chance at each next home.
+    """
+    rng = random.Random(f"alfworld {split} {task_id}")
+    task_type = ALFWORLD_TYPES[task_id % len(ALFWORLD_TYPES)]
+    rule = ALFWORLD_RULES[task_type]
+    room = rng.choice(rule.rooms.split(", "))
+    seen, unseen = ALFWORLD_ROOMS[room]
+    layout = {kind: int(number) for entry in rng.choice(unseen if split == "valid_unseen" else seen).split(", ")
+              for kind, number in [entry.split()]}
+    things = [thing for kinds, rooms, _ in ALFWORLD_THINGS if room.split()[0] in rooms.split()
+              for thing in kinds.split() if set(ALFWORLD_HOMES[thing]) & layout.keys()]
+    lamps = [thing for thing in things if thing in ALFWORLD_ABILITIES["toggleable"]]
+    lamp = rng.choice(lamps) if lamps else None
+    things = [thing for thing in things if thing not in lamps]
+    wanted, place = _draw_errand(rng, rule, things, layout, lamp)
+
+    number = rng.choice((2, 3) if task_type == "pick_two_obj_and_place" else (1, 1, 2))
+    others = rng.choices([thing for thing in things if thing != wanted], k=rng.randint(10, 16))
+    lying = [(wanted, _draw_home(rng, wanted, layout, avoid=place)) for _ in range(number)]
+    lying += [(thing, _draw_home(rng, thing, layout)) for thing in [lamp] * bool(lamp) + others]
+    goal = parse_lists(rule.goal.format(thing=wanted, place=place), "goal")[0]
+    sentence = rng.choice(rule.sentences).format(thing=wanted, place=place)
+    return build_game(*_lay_out(layout, lying), goal, sentence, task_type, f"{split} {task_id}")
+
+
+def _draw_errand(rng, rule, things, layout, lamp):
+    """(thing, place): the place can hold the thing, which is at home elsewhere too; the lamp if it is to be lit."""
+    if rule.goal is LIT:
+        return rng.choice(things), lamp
+    ability, appliance = APPLIANCES[rule.verb][:2] if rule.verb else (None, None)
+    able = things if ability is None else [thing for thing in things if thing in ALFWORLD_ABILITIES[ability]]
+    places = {thing: [home for home in ALFWORLD_HOMES[thing] if home in layout] for thing in able}
+    thing = rng.choice([thing for thing in able if len(places[thing]) > 1])
+    return thing, rng.choice([place for place in places[thing] if f"{place}type" != appliance])
+
+
+def _draw_home(rng, thing, layout, avoid=None):
+    """(kind, number) of a receptacle for a thing, not of the kind `avoid`."""
+    homes = [home for home in ALFWORLD_HOMES[thing] if home in layout and home != avoid]
+    home, = rng.choices(homes, [2.0**-rank for rank in range(len(homes))])
+    return home, rng.randint(1, layout[home])
+
+
+def _entity(kind, number):
+    """An id that `entity_names` turns into "kind number"; it counts down from the last in the order of ids."""
+    prefix = kind.removesuffix("basin")
+    return f"{prefix}_bar_{99 - number}" + f"_bar_{kind}" * (prefix != kind)
+
+
+def _lay_out(layout, lying):
+    """(typed names, initial facts) of a room {receptacle: number} with things [(thing, (receptacle, number))]."""
+    typed, facts, numbers = [("agent1", "agent"), ("start", "location")], [["atlocation", "agent1", "start"]], Counter()
+    for kind, count in layout.items():
+        for number in range(1, count + 1):
+            entity = _entity(kind, number)
+            typed += [(entity, "receptacle"), (f"by_{entity}", "location")]
+            facts += [["receptacletype", entity, f"{kind}type"], ["receptacleatlocation", entity, f"by_{entity}"]]
+            facts += [["openable", entity]] * (kind in ALFWORLD_OPENABLE)
+    for thing, home in lying:
+        numbers[thing] += 1
+        entity, holder = _entity(thing, numbers[thing]), _entity(*home)
+        abilities = [name for name, able in ALFWORLD_ABILITIES.items() if thing in able]
+        abilities += ["pickupable"] * ("toggleable" not in abilities)
+        typed.append((entity, "object"))
+        facts += [["objecttype", entity, f"{thing}type"], *([name, entity] for name in abilities),
+                  ["inreceptacle", entity, holder], ["objectatlocation", entity, f"by_{holder}"]]
+    facts += [["cancontain", f"{home}type", f"{thing}type"] for thing in numbers for home in ALFWORLD_HOMES[thing]
+              if home in layout]
+    return typed, facts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ALFWorld: a careful and a careless player
+# ---------------------------------------------------------------------------------------------------------------------
+
+# How often the careless player gives in to a habit, at each decision where the careful one would do something else:
+# pass a closed receptacle; bring the thing as it is; put it anywhere; examine it without a lamp; stop after one of two;
+# go on doing nothing once the work seems done.
+ALFWORLD_HABITS = {"skip_closed": 0.6, "as_it_is": 0.7, "any_place": 0.8, "no_lamp": 0.55, "one_is_enough": 0.75,
+                   "idle": 1.0}
+
+
+class Errand(NamedTuple):
+    """What a goal asks for. Ids, not kinds: the goal's static parts are decided already."""
+    things: set                          # any of them will do
+    places: list                         # receptacles where it is to go, lowest number first; none for a lamp
+    lamps: set
+    verb: str | None                     # "clean", "heat" or "cool" first
+    two: bool
+
+
+def goal_facts(formula):
+    """The facts named in a formula of `ground`."""
+    if isinstance(formula, bool):
+        return set()
+    head, inner = formula
+    if head == "fact":
+        return {inner}
+    return set().union(*map(goal_facts, [inner] if head == "not" else inner))
+
+
+def read_errand(game):
+    facts = goal_facts(game.goal)
+    lamps = {fact[1] for fact in facts if fact[0] == "istoggled"}
+    places = [] if lamps else sorted({fact[2] for fact in facts if fact[0] == "inreceptacle"},
+                                     key=lambda place: _kind_number(game, place))
+    things = {fact[2] for fact in facts if fact[0] == "holds"} if lamps else {
+        fact[1] for fact in facts if fact[0] == "inreceptacle"}
+    if not things:
+        raise ValueError(f"The expert can't read the goal of the task {game.task!r}; it knows the types "
+                         f"{', '.join(ALFWORLD_TYPES)}.")
+    gained = {fact[0] for fact in facts}
+    verb = next((verb for verb, appliance in APPLIANCES.items() if appliance[2] in gained), None)
+    return Errand(things, places, lamps, verb, game.task_type == "pick_two_obj_and_place")
+
+
+def alfworld_expert(env) -> tuple[str, str]:
+    """The careful player's (thought, action) in any state.
+
+    It remembers nothing: it looks for a thing in rounds, from where it stands, through one order of the receptacles.
+    """
+    return _keep_house(env, careless=lambda habit: False)
+
+
+def alfworld_habit(env, rng: random.Random) -> tuple[str, str]:
+    """The careless player's (thought, action): the careful one's, but for ALFWORLD_HABITS drawn from `rng`."""
+    return _keep_house(env, careless=lambda habit: rng.random() < ALFWORLD_HABITS[habit])
+
+
+def _keep_house(env, careless) -> tuple[str, str]:
+    """Thoughts of a careful and a careless decision begin with different words."""
+    errand, held = read_errand(env.game), held_object(env.game, env.facts)
+    if held is None:
+        return _find_thing(env, errand, careless)
+    if held not in errand.things:
+        return _put_back(env, held)
+    if errand.lamps:
+        return _find_lamp(env, errand, held, careless)
+    untreated = errand.verb and (APPLIANCES[errand.verb][2], held) not in env.facts
+    if untreated and not careless("as_it_is"):
+        return _treat_first(env, errand.verb, held)
+    if untreated:
+        return "fine as it is", _bring(env, held, errand.places[0])[1]
+    at_place = errand.places[0] in _here(env)
+    if errand.verb is None and not errand.two and not at_place and careless("any_place"):
+        wrong = _wrong_place(env.game, held, errand)
+        if wrong:
+            return "any place does", _bring(env, held, wrong)[1]
+    return _bring(env, held, errand.places[0])
+
+
+def _find_thing(env, errand, careless):
+    game, facts, here = env.game, env.facts, _here(env)
+    kind = game.names[min(errand.things)].split()[0]
+    full = set(errand.places[:1]) if errand.two else set()   # what lies there already is to stay
+    seen = [(thing, receptacle) for receptacle in here if is_accessible(game, facts, receptacle)
+            for thing in contents(game, facts, receptacle) if thing in errand.things]
+    if seen and env.last and env.last[0] in ("put", "look"):
+        if careless("one_is_enough" if errand.two and env.last[0] == "put" else "idle"):
+            return "all is done", "look"
+    takes = [_command(env, "take", *found) for found in seen if found[1] not in full]
+    if takes:
+        return f"take the {kind}", min(takes)
+    closed = [place for place in here if not is_accessible(game, facts, place) and place not in full]
+    if closed and not careless("skip_closed"):
+        return "open to see inside", _command(env, "open", closed[0])
+    homes = ALFWORLD_HOMES.get(kind, [])
+    places = [place for place, _ in game.places if place not in full]
+    action = _go_on(env, places, lambda place: (place in errand.places, *_rank(game, place, homes)))
+    return "skip closed ones" if closed else f"search for {kind}", action
+
+
+def _find_lamp(env, errand, held, careless):
+    game = env.game
+    lamps = [thing for place in _here(env) for thing in contents(game, env.facts, place) if thing in errand.lamps]
+    if careless("idle" if env.last == ("examine", held) else "no_lamp"):
+        return "just examine it", _command(env, "examine", held)
+    kind = game.names[min(errand.lamps)].split()[0]
+    if lamps:
+        return f"turn on the {kind}", _command(env, "use", lamps[0])
+    homes = ALFWORLD_HOMES.get(kind, [])
+    return f"find the {kind}", _go_on(env, [place for place, _ in game.places], lambda place: _rank(game, place, homes))
+
+
+def _treat_first(env, verb, held):
+    _, kind, _, _ = APPLIANCES[verb]
+    appliance = min((receptacle for receptacle, _ in env.game.places if kind in env.game.types[receptacle]),
+                    key=lambda receptacle: _kind_number(env.game, receptacle))
+    action = _command(env, verb, held, appliance) if appliance in _here(env) else _go(env, appliance)
+    return f"{verb} it first", action
+
+
+def _bring(env, held, place):
+    """Put what is held into a receptacle: the next step to it."""
+    if place not in _here(env):
+        return "bring it there", _go(env, place)
+    if not is_accessible(env.game, env.facts, place):
+        return "open it first", _command(env, "open", place)
+    return "place it there", _command(env, "put", held, place)
+
+
+def _put_back(env, held):
+    """Put a wrong thing down: here, if it can be, else in the first receptacle that holds such things."""
+    fitting = [receptacle for receptacle, _ in env.game.places if fits(env.game, held, receptacle)]
+    if not fitting:
+        return "keep it then", "look"
+    here = _here(env)
+    place = min(fitting, key=lambda receptacle: (receptacle not in here, _kind_number(env.game, receptacle)))
+    return "put this back", _bring(env, held, place)[1]
+
+
+def _wrong_place(game, held, errand):
+    """The last receptacle by name that can hold a thing, is always open and not what is asked for; or None."""
+    return max((receptacle for receptacle, _ in game.places if fits(game, held, receptacle)
+                and receptacle not in errand.places and ("openable", receptacle) not in game.static),
+               key=lambda receptacle: _kind_number(game, receptacle), default=None)
+
+
+def _here(env):
+    return env.game.receptacles.get(place_of(env.game, env.facts), [])
+
+
+def _kind_number(game, receptacle):
+    """("cabinet", 2): the order of names, in which 10 comes after 9."""
+    kind, _, number = game.names[receptacle].partition(" ")
+    return kind, int(number or 0)
+
+
+def _rank(game, receptacle, homes):
+    """Sorts the kinds in `homes` first, in their order, and the others by name."""
+    kind, number = _kind_number(game, receptacle)
+    return homes.index(kind) if kind in homes else len(homes), kind, number
+
+
+def _go_on(env, receptacles, rank):
+    """Go to the first receptacle that ranks after the place here, from the last again to the first.
+
+    Receptacles that share a place count as the first of them, so that no round leaves one out.
+    """
+    location = dict(env.game.places)
+    first = {}
+    for receptacle in sorted(receptacles, key=rank):
+        first.setdefault(location[receptacle], receptacle)
+    here = first.pop(place_of(env.game, env.facts), None)
+    if not first:
+        return "look"
+    after = [receptacle for receptacle in first.values() if here and rank(receptacle) > rank(here)]
+    return _go(env, (after or list(first.values()))[0])
+
+
+def _go(env, receptacle):
+    return _command(env, "go", receptacle, dict(env.game.places)[receptacle])
+
+
+def _command(env, *action):
+    return next(command for command, possible in env.actions.items() if possible == action)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ALFWorld: prompt and answer
+# ---------------------------------------------------------------------------------------------------------------------
+
+def alfworld_prompt(task: str, history: list, observation: str, admissible: list[str], skills: str = "") -> str:
+    """The user message of one turn.
+
+    history: the last (observation, action) pairs, oldest first; of a pair with the observation "" only the action is
+    shown. The engine's welcome and its task sentence are left out, and so is the command "help".
+    """
+    def scene(text):
+        return " ".join(text.removeprefix("-= Welcome to TextWorld, ALFRED! =-").partition(TASK_PREFIX)[0].split())
+
+    lines = ["You do a task in a house."]
+    if skills:
+        lines += ["Skills:", skills.strip()]
+    lines.append(f"Task: {task}")
+    if history:
+        lines.append("Last steps:")
+        lines += [f"- on: {scene(seen)}\n  {action}" if seen else f"- {action}" for seen, action in history]
+    commands = ", ".join(command for command in admissible if command != "help")
+    lines += [f"Now: {scene(observation)}", f"Commands: {commands}",
+              "Think in <think> </think>, then act in <action> </action>: one of the commands."]
+    return "\n".join(lines)
+
+
+def parse_alfworld(text: str, *, official: bool = False) -> tuple[str, bool]:
+    """Splits an answer into the action, lower-cased, and whether the answer keeps the format.
+
+    The format is WebShop's. Without the action's tags the action is "", or, as in the official projection, the answer's
+    last 30 characters.
+
+    >>> parse_alfworld("<think>take the egg</think><action>take egg 1 from fridge 1</action>")
+    ('take egg 1 from fridge 1', True)
+    >>> parse_alfworld("I go to fridge 1"), parse_alfworld("go to fridge 1", official=True)
+    (('', False), ('go to fridge 1', False))
+    """
+    return split_answer(text, 30 if official else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1719,8 +2156,9 @@ class ALFWorld(gymnasium.Env):
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENTS = {"webshop": WebShop, "alfworld": ALFWorld}
-PROMPTS = {"webshop": webshop_prompt}    # (task, history, observation, admissible, skills) -> user message of a turn
-PARSERS = {"webshop": parse_webshop}
+# (task, history, observation, admissible, skills) -> user message of a turn
+PROMPTS = {"webshop": webshop_prompt, "alfworld": alfworld_prompt}
+PARSERS = {"webshop": parse_webshop, "alfworld": parse_alfworld}
 gymnasium.register(id="sdar/WebShop-v0", entry_point=WebShop)
 gymnasium.register(id="sdar/ALFWorld-v0", entry_point=ALFWorld)
 

@@ -2746,8 +2746,6 @@ def test_missing_files_and_wrong_calls_are_refused(tmp_path):
         env.reset(options={"game": tmp_path / "none"})
     with pytest.raises(ValueError, match="'game' alone"):
         env.reset(options={"game": game_file(GAMES[0]), "split": "train"})
-    with pytest.raises(ValueError, match="no data folder"):
-        env.reset()
     with pytest.raises(gymnasium.error.ResetNeeded):
         env.step("look")
     with pytest.raises(TypeError, match="is a string"):
