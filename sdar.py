@@ -703,7 +703,7 @@ class Episode:
     won: bool = False
     score: float = 0.0
     done: bool = False  # False: out of turns
-    errors: int = 0  # turns in which the environment reports a failure of something behind it, such as a retriever
+    errors: int = 0  # searches that the retriever failed to answer
 
 
 def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, seed=0, progress=None):
@@ -739,7 +739,7 @@ def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, 
             past[i].append((pages[i][0], action))
             pages[i] = observation, info
             episodes[i].won, episodes[i].score, episodes[i].done = info["won"], info["score"], terminated
-            episodes[i].errors += "error" in info
+            episodes[i].errors = info.get("retriever_errors", 0)
             if not (terminated or truncated):
                 still.append(i)
         if progress:
