@@ -2,16 +2,27 @@
 
 `reset(seed=, options=)` returns (observation, info) and `step(action)` returns (observation, reward, terminated,
 truncated, info). A task is a pure function of (data, split, task_id). Every `info` has `task` (the instruction),
-`task_id`, `task_type`, `admissible` (actions that would do something now), `valid` (whether the last action did
-something), `won` and `score`. Nothing random is drawn outside the environment's own generators.
+`task_id`, `task_type`, `admissible` (actions that would do something now; None where any text may be written), `valid`
+(whether the last action did something), `won` and `score`. Nothing random is drawn outside the environment's own
+generators.
 """
+import argparse
 import bisect
 import functools
+import http.client
+import http.server
 import itertools
 import json
 import os
 import random
 import re
+import string
+import sys
+import time
+import unicodedata
+import urllib.error
+import urllib.request
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -156,13 +167,19 @@ def build_postings(ids, texts, *, k1=0.9, b=0.4):
     return Postings(list(ids), postings)
 
 
-def bm25(postings, query, k=HITS):
-    """The identifiers of at most k best documents, best first; equal scores in document order."""
+def bm25_scores(postings, query):
+    """The score of every document, [number of documents] fp32; 0 where no term of the query occurs."""
     scores = np.zeros(len(postings.ids), dtype=np.float32)
     for term in search_terms(query):
         if term in postings.terms:
             numbers, weights = postings.terms[term]
             scores[numbers] += weights
+    return scores
+
+
+def bm25(postings, query, k=HITS):
+    """The identifiers of at most k best documents, best first; equal scores in document order."""
+    scores = bm25_scores(postings, query)
     hits = np.flatnonzero(scores)
     if len(hits) > k:                    # sort only what can be among the best k
         hits = hits[scores[hits] >= np.partition(scores[hits], -k)[-k]]
@@ -2152,19 +2169,757 @@ def parse_alfworld(text: str, *, official: bool = False) -> tuple[str, bool]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Search-QA (Search-R1, Jin et al. 2025, arXiv 2503.09516; rules and texts as in verl-agent's and SDAR's copy)
+#
+# A question is answered in at most four turns, each of which is a search or the answer. What a search finds is shown
+# between <information> tags. Documents are strangers' text, so they can neither write a tag nor give an answer.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SEARCH_MAX_TURNS = 4
+SEARCH_TAGS = ("think", "search", "answer", "information")
+SEARCH_FAILED = "The search failed: the retriever gave no answer."
+RETRIEVER_TIMEOUT = 30.0                 # seconds for one try
+RETRIEVER_TRIES = 3                      # on a refused connection, a time-out or a status of 500 and above
+RETRIEVER_PAUSE = 1.0                    # seconds before the second try, twice as many before the third
+REQUEST_LIMIT = 1 << 20                  # bytes of a request that the server reads
+
+
+# Score and format
+
+def normalize_answer(text):
+    """Lower-cased, without ASCII punctuation and the articles a, an and the, blanks squeezed (SQuAD's rule)."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(answer, golds):
+    """Whether the answer is one of `golds` (a string or several) after normalisation.
+
+    >>> exact_match("The  Beatles!", ["Rolling Stones", "beatles"])
+    True
+    """
+    golds = [golds] if isinstance(golds, str) else golds
+    return normalize_answer(answer) in map(normalize_answer, golds)
+
+
+def tagged_blocks(text, tag):
+    """The texts between <tag> and </tag>, blanks squeezed, in their order."""
+    found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL | re.IGNORECASE)
+    return [" ".join(inner.split()) for inner in found]
+
+
+def tagged(tag, text):
+    return f"<{tag}> {text} </{tag}>"
+
+
+def parse_search(text, *, official=False):
+    """Splits an answer into its action and whether the answer keeps the format.
+
+    What stands behind the first </search> (without one: the first </answer>) is cut. The action is the first search
+    block, else the first answer block. An answer with both kinds, with one twice, or with another of SEARCH_TAGS in its
+    block is invalid, and its action "", or, as in the released code, the block all the same. <think> is not asked for.
+
+    >>> parse_search("<think>look it up</think><search>Lisbon</search>")
+    ('<search> Lisbon </search>', True)
+    >>> text = "<search>Lisbon</search><answer>Spain</answer>"
+    >>> parse_search(text), parse_search(text, official=True)
+    (('', False), ('<search> Lisbon </search>', False))
+    """
+    counts = {tag: len(re.findall(f"<{tag}>", text, re.IGNORECASE)) for tag in ("search", "answer")}
+    end = re.search("</search>", text, re.IGNORECASE) or re.search("</answer>", text, re.IGNORECASE)
+    kept = text[:end.end()] if end else text
+    blocks = [(tag, inner) for tag in ("search", "answer") for inner in tagged_blocks(kept, tag)]
+    if not blocks:
+        return "", False
+    tag, inner = blocks[0]
+    valid = sum(counts.values()) == 1 and not re.search(f"</?({'|'.join(SEARCH_TAGS)})>", inner, re.IGNORECASE)
+    return (tagged(tag, inner) if valid or official else ""), valid
+
+
+def information(result):
+    """What a search answers: JSON between tags. "<" is written as an escape, so that no text inside makes a tag."""
+    return "\n<information>" + json.dumps({"result": result}).replace("<", "\\u003c") + "</information>\n"
+
+
+# Questions from files
+
+class Question(NamedTuple):
+    """A task. Only generated ones have the last three fields, which the scripted players go by."""
+    text: str
+    golds: tuple                         # accepted answers; of a generated question the first as passages write it
+    task_type: str                       # of an official one its data_source
+    names: tuple = ()                    # what the question names, as it names it
+    relation: str = ""                   # what it asks for, in words that name nothing
+    hops: tuple = ()                     # searches that lead to the answer, as (query, texts that it must find)
+
+
+def read_jsonl(path):
+    """Yields ("file, line n", object) for every line that is not blank."""
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"it holds a {type(row).__name__} where an object is expected")
+                    yield f"{path}, line {number}", row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}; give one JSON object per line.") from error
+
+
+def read_parquet(path):
+    """Yields ("file, row n", object) for every row."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"Reading {path} needs pyarrow: pip install pyarrow, or give the rows as JSONL.") from error
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a parquet file: {error}.") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", row
+
+
+def row_golds(row, where):
+    """The accepted answers of an official row, from whichever of the three places has them."""
+    nested = row.get("reward_model")
+    truth = row.get("ground_truth") or (nested.get("ground_truth") if isinstance(nested, dict) else None)
+    golds = truth.get("target") if isinstance(truth, dict) else row.get("golden_answers")
+    golds = [golds] if isinstance(golds, str) else golds
+    if not isinstance(golds, list) or not golds or not all(isinstance(gold, str) for gold in golds):
+        raise ValueError(f"{where}: there are no answers; a row needs ground_truth {{\"target\": ..}}, the same inside "
+                         "reward_model, or golden_answers, each a string or a list of strings.")
+    return tuple(golds)
+
+
+@functools.lru_cache(maxsize=8)
+def load_questions(path):
+    """The rows of a .jsonl or .parquet file as `Question`s, in the order of the file."""
+    if Path(path).suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"{path} is neither .jsonl nor .parquet; give the questions in one of these formats.")
+    questions = []
+    for where, row in (read_parquet if Path(path).suffix == ".parquet" else read_jsonl)(path):
+        text, source = row.get("question"), row.get("data_source") or "unknown"
+        if not isinstance(text, str) or not text.strip() or not isinstance(source, str):
+            raise ValueError(f"{where}: a row needs a text as question, and data_source, if given, must be one too.")
+        questions.append(Question(text, row_golds(row, where), source))
+    if not questions:
+        raise ValueError(f"{path} holds no question; give a file with at least one row.")
+    return tuple(questions)
+
+
+def question_files(data):
+    """{split: path}. A folder's test file is "val"; a single file is "val" alone, so that none is trained on it."""
+    if Path(data).is_file():
+        return {"val": str(data)}
+    if not Path(data).is_dir():
+        raise FileNotFoundError(f"There is no {data}; give a folder with train and test questions, or a single file.")
+    files = {}
+    for split, stems in (("train", ["train"]), ("val", ["test", "val", "validation", "dev"])):
+        names = [f"{stem}{suffix}" for stem in stems for suffix in (".parquet", ".jsonl")]
+        found = [Path(data) / name for name in names if (Path(data) / name).is_file()]
+        files |= {split: str(found[0])} if found else {}
+    if not files:
+        raise FileNotFoundError(f"{data} holds neither train nor test questions; put train.jsonl and test.jsonl (or "
+                                ".parquet) there.")
+    return files
+
+
+# Retrieval
+
+class Corpus(NamedTuple):
+    ids: list                            # identifiers
+    passages: list                       # texts, of the form "Title"\nText
+    postings: Postings                   # over the passages' numbers
+
+
+def make_corpus(ids, passages):
+    return Corpus(list(ids), list(passages), build_postings(range(len(passages)), passages))
+
+
+@functools.lru_cache(maxsize=4)
+def load_corpus(path=None):
+    """The passages of a JSONL file of {"id", "contents"}, or without a path the embedded ones."""
+    if path is None:
+        passages = [passage for _, passage in fact_passages()]
+        return make_corpus(map(str, range(len(passages))), passages)
+    ids, passages = [], []
+    for where, row in read_jsonl(path):
+        if not isinstance(row.get("contents"), str):
+            raise ValueError(f"{where}: there is no text as contents; a line is {{\"id\": .., \"contents\": ..}}.")
+        ids.append(str(row.get("id", len(ids))))
+        passages.append(row["contents"])
+    if not passages:
+        raise ValueError(f"{path} holds no passage; give a file with at least one.")
+    return make_corpus(ids, passages)
+
+
+def corpus_search(corpus, query, topk):
+    """The topk best passages, best first: a retriever, once the corpus is bound."""
+    return [corpus.passages[number] for number in bm25(corpus.postings, query, topk)]
+
+
+def result_passages(reply):
+    """The passages in the JSON text of a server's answer to one query. Raises ValueError if it has another form."""
+    try:
+        entries = json.loads(reply)["result"][0]
+        passages = [entry.get("document", entry)["contents"] for entry in entries]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"the answer is not of the form {{\"result\": [[{{\"document\": {{\"contents\": ..}}}}]]}} "
+                         f"({type(error).__name__})") from error
+    if not all(isinstance(passage, str) for passage in passages):
+        raise ValueError("the answer has contents that are no text")
+    return passages
+
+
+class Retriever:
+    """Client of a server that answers POST /retrieve, ours or Search-R1's or SDAR's: (query, topk) -> passages.
+
+    Search-R1's server reads a list under "queries", SDAR's a text under "query": the first that is understood is kept.
+    Raises ConnectionError if no try succeeds and ValueError for a refusal or an answer of another form.
+    """
+
+    def __init__(self, url, *, timeout=RETRIEVER_TIMEOUT, tries=RETRIEVER_TRIES, pause=RETRIEVER_PAUSE):
+        if not re.match(r"https?://[^/]", url):
+            raise ValueError(f"The retriever's address must be like http://127.0.0.1:8000, not {url!r}.")
+        self.url = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
+        self.timeout, self.tries, self.pause = timeout, tries, pause
+        self.key = None                  # of the query in a request, once one has worked
+
+    def __call__(self, query, topk):
+        forms, refusals = {"queries": [query], "query": query}, []
+        for key in [self.key] if self.key else forms:
+            try:
+                passages = result_passages(self._post({key: forms[key], "topk": topk, "return_scores": True}))
+            except ValueError as error:
+                refusals.append(error)
+                continue
+            self.key = key
+            return passages
+        raise ValueError(f"{self.url}: {refusals[0]}")
+
+    def _post(self, body):
+        """The text of the answer."""
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        for number in range(self.tries):
+            time.sleep(self.pause * number)
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    return reply.read()
+            except urllib.error.HTTPError as error:
+                error.close()
+                if error.code < 500:
+                    raise ValueError(f"the request was refused with status {error.code}") from error
+                reason = f"status {error.code}"
+            except (OSError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", None) or error
+        raise ConnectionError(f"{self.url}: no answer in {self.tries} tries, the last one ended with: {reason}")
+
+
+def retrieve(corpus, request, topk):
+    """The server's answer to a request, both as JSON objects. Raises ValueError for a malformed request."""
+    if not isinstance(request, dict) or ("queries" in request) == ("query" in request):
+        raise ValueError('The request must be a JSON object with either "queries" (a list) or "query" (a text).')
+    queries = request["queries"] if "queries" in request else [request["query"]]
+    if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
+        raise ValueError('"queries" must be a list of texts, "query" a text.')
+    topk = topk if request.get("topk") is None else request["topk"]
+    if type(topk) is not int or topk < 1:
+        raise ValueError('"topk" must be a whole number of at least 1, or null.')
+    result = []
+    for query in queries:
+        scores = bm25_scores(corpus.postings, query)
+        found = [({"id": corpus.ids[number], "contents": corpus.passages[number]}, float(scores[number]))
+                 for number in bm25(corpus.postings, query, topk)]
+        result.append([{"document": document, "score": score} if request.get("return_scores") else document
+                       for document, score in found])
+    return {"result": result}
+
+
+def search_server(corpus, host="127.0.0.1", port=8000, topk=3):
+    """An HTTP server, bound and not yet started, that answers POST /retrieve by `retrieve`; port 0 takes a free one."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            if self.path.rstrip("/") != "/retrieve":
+                return self.answer(404, {"error": f"There is nothing at {self.path}; post to /retrieve."})
+            try:
+                size = int(self.headers.get("Content-Length", -1))
+                if not 0 <= size <= REQUEST_LIMIT:
+                    raise ValueError(f"The request needs a Content-Length of at most {REQUEST_LIMIT} bytes.")
+                self.answer(200, retrieve(corpus, json.loads(self.rfile.read(size)), topk))
+            except ValueError as error:  # a request that is no JSON as well
+                self.answer(400, {"error": str(error)})
+
+        def do_GET(self):
+            self.answer(405, {"error": 'Post {"queries": ["..."], "topk": 3} to /retrieve.'})
+
+        def answer(self, status, body):
+            body = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):    # a line for each of a training run's searches helps nobody
+            pass
+
+    return http.server.ThreadingHTTPServer((host, port), Handler)
+
+
+class SearchQA(gymnasium.Env):
+    """Answer a question; actions are `<search> words </search>` and `<answer> words </answer>`, or a text with one.
+
+    data: folder with the official rows, train.* and test.* (or val.*, validation.*, dev.*, the first that is there), as
+        .parquet or .jsonl; or one such file, all of it "val". A row has `question` and its answers, as ground_truth
+        {"target": ..}, as the same inside reward_model, or as golden_answers; and maybe `data_source`. None takes the
+        generated questions, whose scores are not comparable with those on the official ones.
+    retriever: address of a server that answers POST /retrieve, or (query, topk) -> passages, which may raise OSError or
+        ValueError where a search fails. None takes BM25 over corpus.jsonl ({"id", "contents"} a line) beside the
+        official rows, or over the embedded facts for generated questions.
+    topk: passages shown for a search.
+
+    `reset(options=)` takes {"split": "train" | "val", "task_id": int}. The first observation is the question. An answer
+    ends the episode, with reward 1 if it is an exact match; it is truncated after `SEARCH_MAX_TURNS`. If a text holds
+    several answers the last one counts, as in the original, but only those of the action, never those of documents.
+    An action without a block, like one before the last turn, costs a turn; its observation is empty. A search that
+    fails is shown as failed, warned of, and counted: `info` also has `error` (the last search's, or None) and
+    `retriever_errors` (of this episode).
+
+    State: question (a `Question`), observation, query (the last search, or None), turns, ended.
+    Raises FileNotFoundError or ValueError for missing or malformed files, ValueError for impossible options of `reset`.
+    """
+    metadata = {"render_modes": []}
+
+    def __init__(self, data=None, *, retriever: str | Callable | None = None, topk=3):
+        if type(topk) is not int or topk < 1:
+            raise ValueError(f"topk must be a whole number of at least 1, not {topk!r}.")
+        self.files = None if data is None else question_files(data)
+        self.topk = topk
+        if isinstance(retriever, str):
+            retriever = Retriever(retriever)
+        if retriever is None:
+            folder = None if data is None else Path(next(iter(self.files.values()))).parent
+            if folder and not (folder / "corpus.jsonl").is_file():
+                raise ValueError(f"{folder} has no corpus.jsonl to search in; put one there, or give SearchQA a "
+                                 "retriever=: the address of a /retrieve server, or a function.")
+            corpus = load_corpus(folder and str(folder / "corpus.jsonl"))
+            retriever = functools.partial(corpus_search, corpus)
+        self.retriever = retriever
+        self.observation_space, self.action_space = AnyText(max_length=65536), AnyText(max_length=65536)
+        self.question, self.ended = None, True
+
+    def _questions(self, split):
+        if split not in ("train", "val"):
+            raise ValueError(f"Search-QA has no split {split!r}; splits are 'train' and 'val'.")
+        if self.files is None:
+            return search_questions()[split]
+        if split not in self.files:
+            raise ValueError(f"There are no {split!r} questions beside {next(iter(self.files.values()))}; give a "
+                             "folder with train.jsonl and test.jsonl (or .parquet).")
+        return load_questions(self.files[split])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        options = options or {}
+        if options.keys() - {"split", "task_id"}:
+            raise ValueError(f"reset takes options 'split' and 'task_id', not {sorted(options)}.")
+        split, task_id = options.get("split", "train"), options.get("task_id")
+        questions = self._questions(split)
+        if task_id is None:
+            task_id = int(self.np_random.integers(len(questions)))
+        if not isinstance(task_id, (int, np.integer)) or not 0 <= task_id < len(questions):
+            raise ValueError(
+                f"Question {task_id!r} is not in split {split!r}; it must be a number from 0 to {len(questions) - 1}.")
+        self.question, self.task_id = questions[task_id], int(task_id)
+        self.observation, self.query, self.turns, self.ended = self.question.text, None, 0, False
+        self.error, self.errors = None, 0
+        return self.observation, self._info(valid=True, won=False)
+
+    def step(self, action):
+        if not isinstance(action, str):
+            raise TypeError(f"A Search-QA action is a text such as '<search> Lisbon </search>', not "
+                            f"{type(action).__name__}.")
+        if self.ended:
+            raise gymnasium.error.ResetNeeded("There is no question, or it was answered: call reset before the step.")
+        answers, queries = tagged_blocks(action, "answer"), tagged_blocks(action, "search")
+        self.turns += 1
+        self.observation, self.error, won = "", None, False
+        if answers:
+            won = exact_match(answers[-1], self.question.golds)
+        elif queries:
+            self.query = queries[0]
+            self.observation = self._search(self.query)
+        truncated = not answers and self.turns >= SEARCH_MAX_TURNS
+        self.ended = bool(answers) or truncated
+        info = self._info(valid=bool(answers or queries), won=won)
+        return self.observation, float(won), bool(answers), truncated, info
+
+    def _search(self, query):
+        try:
+            passages = self.retriever(query, self.topk)
+            if not isinstance(passages, list) or not all(isinstance(passage, str) for passage in passages):
+                raise ValueError(f"the retriever must return a list of texts, not {passages!r:.60}")
+        except (OSError, ValueError) as error:
+            self.error = f"{type(error).__name__}: {error}"
+            self.errors += 1
+            warnings.warn(f"A search failed, and the episode goes on without it: {self.error}", RuntimeWarning)
+            return information(SEARCH_FAILED)
+        return information("".join(f"Doc {number}: {passage.strip()}\n"
+                                   for number, passage in enumerate(passages[:self.topk], 1)))
+
+    def _info(self, *, valid, won):
+        return {"task": self.question.text, "task_id": self.task_id, "task_type": self.question.task_type,
+                "admissible": None, "valid": valid, "won": won, "score": float(won), "error": self.error,
+                "retriever_errors": self.errors}
+
+    @property
+    def task_types(self):
+        """What `info["task_type"]` can be: the data sources of all splits, or the types of generated questions."""
+        if self.files is None:
+            return SEARCH_TYPES
+        return tuple(sorted({question.task_type for split in self.files for question in self._questions(split)}))
+
+    def num_tasks(self, split):
+        return len(self._questions(split))
+
+    def expert(self):
+        """A good next action, in any state of a generated question."""
+        return search_expert(self)[1]
+
+    def demonstrate(self, rng, careless=False):
+        """The next (thought, action) of the careful or the careless searcher; rng: `random.Random`."""
+        return search_habit(self, rng) if careless else search_expert(self)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Search-QA: passages and questions from embedded facts
+# ---------------------------------------------------------------------------------------------------------------------
+
+FACTS = Path(__file__).resolve().parent / "data" / "facts.json"
+SEARCH_TYPES = ("one_hop", "two_hop", "comparison")
+# What can be asked of a country or an element, as one names it or describes it.
+SEARCH_WORDINGS = {
+    "capital": ("What is the capital of {}?", "Which city is the capital of {}?", "Name the capital of {}."),
+    "currency": ("What is the currency of {}?", "Which currency is used in {}?", "Name the currency of {}."),
+    "continent": ("What is the continent of {}?", "Which continent does {} lie in?", "Name the continent of {}."),
+    "language": ("What is the language of {}?", "Which language is spoken in {}?", "Name the language of {}."),
+    "country": ("What is the country with the capital {}?", "Which country has the capital {}?",
+                "Name the country whose capital is {}."),
+    "symbol": ("What is the symbol of {}?", "Which symbol stands for {}?", "Name the symbol of {}."),
+    "atomic number": ("What is the atomic number of {}?", "Which atomic number does {} have?",
+                      "Name the atomic number of {}."),
+}
+COMPARISON_WORDINGS = {
+    "more neighbours": ("Which of {} and {} has more neighbours?", "Which has more neighbours, {} or {}?"),
+    "higher atomic number": ("Which of {} and {} has the higher atomic number?",
+                             "Which has the higher atomic number, {} or {}?"),
+}
+
+
+class Country(NamedTuple):
+    name: str                            # as a sentence has it: "the Gambia"
+    golds: tuple                         # names, the first is the one above
+    capital: str
+    capital_golds: tuple
+    currency_golds: tuple
+    continent: str
+    languages: tuple
+    borders: tuple                       # names of neighbours
+    text: str                            # of the passage about it
+    capital_text: str                    # of the passage about its capital
+
+
+class Element(NamedTuple):
+    name: str
+    symbol: str
+    number: int
+    text: str
+
+
+def plain(text):
+    """The text in ASCII: JSON would show other letters as numbers, which none could copy."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+
+
+def with_article(name):
+    """The name of a country as it stands within a sentence."""
+    takes_one = re.search("Republic|United|Islands|Bahamas|Comoros|Gambia|Maldives|Netherlands|Philippines", name)
+    return f"the {name}" if takes_one else name
+
+
+def spellings_of(name, aliases):
+    """The plain name first, then what else is accepted for it."""
+    return tuple(dict.fromkeys([plain(name), name, *aliases]))
+
+
+def list_words(words):
+    """"a", "a and b", "a, b and c"."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+@functools.lru_cache(maxsize=1)
+def load_facts():
+    """(countries, elements) of data/facts.json, elements by their number."""
+    facts = json.loads(FACTS.read_text(encoding="utf-8"))
+    return tuple(map(make_country, facts["countries"])), make_elements(facts["elements"])
+
+
+def make_country(entry):
+    name, capital, currency = plain(entry["name"]), plain(entry["capital"]), plain(entry["currency"])
+    called, languages = with_article(name), tuple(map(plain, entry["languages"]))
+    borders = tuple(with_article(plain(border)) for border in entry.get("borders", ()))
+    text = (f"The country {name} lies in {entry['continent']}. Its currency is the {currency}, its "
+            f"{'languages are' if languages[1:] else 'language is'} {list_words(languages)}. "
+            f"{called[0].upper() + called[1:]} has {len(borders) or 'no'} neighbour{'s' * (len(borders) != 1)}")
+    text += f": {list_words(borders)}." if borders else "."
+    golds = dict.fromkeys([called, *spellings_of(entry["name"], entry.get("aliases", ()))])
+    return Country(called, tuple(golds), capital,
+                   spellings_of(entry["capital"], entry.get("capital_aliases", ())),
+                   spellings_of(entry["currency"], entry.get("currency_aliases", ())),
+                   entry["continent"], languages, borders, text, f"The capital of {called} is {capital}.")
+
+
+def make_elements(entries):
+    entries = sorted(entries, key=lambda entry: entry["number"])
+    following = [entry["name"] for entry in entries[1:]] + [None]
+    elements = []
+    for entry, after in zip(entries, following):
+        kind = ("an " if entry["category"][0] in "aeiou" else "a ") + entry["category"]
+        text = (f"The element {entry['name']} has the atomic number {entry['number']} and the symbol "
+                f"{entry['symbol']}. It is {kind}." + (f" Next comes {after}." if after else ""))
+        elements.append(Element(entry["name"], entry["symbol"], entry["number"], text))
+    return tuple(elements)
+
+
+@functools.lru_cache(maxsize=1)
+def fact_passages():
+    """[(title, passage)]: one for each country, which leaves out its capital, for each capital and for each element."""
+    countries, elements = load_facts()
+    parts = [(country.name.removeprefix("the "), country.text) for country in countries]
+    parts += [(country.capital, country.capital_text) for country in countries]
+    parts += [(element.name.capitalize(), element.text) for element in elements]
+    return [(title, f'"{title}"\n{text}') for title, text in parts]
+
+
+def is_held_out(element):
+    """Whether an element is for validation: every fourth run of ten, so that most have their neighbour with them."""
+    return (element.number - 1) // 10 % 4 == 3
+
+
+def facts_of_split(split):
+    """(countries, elements): a fixed quarter of each is held out, and no question mixes the two parts."""
+    countries, elements = load_facts()
+    held_out = set(random.Random("held-out countries").sample(range(len(countries)), len(countries) // 4))
+    return ([country for number, country in enumerate(countries) if (number in held_out) == (split == "val")],
+            [element for element in elements if is_held_out(element) == (split == "val")])
+
+
+def country_relations(country):
+    """Yields (relation, golds, the text that tells it)."""
+    yield "capital", country.capital_golds, country.capital_text
+    yield "currency", country.currency_golds, country.text
+    yield "continent", (country.continent,), country.text
+    if len(country.languages) == 1:
+        yield "language", country.languages, country.text
+
+
+def element_relations(element):
+    yield "symbol", (element.symbol,), element.text
+    yield "atomic number", (str(element.number),), element.text
+
+
+def one_hop_facts(countries, elements):
+    """Yields (relation, name in the question, golds, hops)."""
+    for entity, relations in [(country, country_relations) for country in countries] + [
+            (element, element_relations) for element in elements]:
+        for relation, golds, text in relations(entity):
+            yield relation, entity.name, golds, ((entity.name, (text,)),)
+    for country in countries:
+        yield "country", country.capital, country.golds, ((country.capital, (country.capital_text,)),)
+
+
+def two_hop_facts(countries, elements):
+    """Yields (relation, name in the question, description with that name, golds, hops)."""
+    for country in countries:
+        by_capital = ("the country whose capital is {}", country.capital, country.capital_text)
+        by_neighbour = [("the only neighbour of {}", other.name, other.text)
+                        for other in countries if other.borders == (country.name,)]
+        for description, name, found in [by_capital, *by_neighbour]:
+            for relation, golds, text in country_relations(country):
+                yield relation, name, description.format(name), golds, ((name, (found,)), (country.name, (text,)))
+    for before, element in itertools.pairwise(elements):
+        if element.number == before.number + 1:
+            description = f"the element that comes after {before.name}"
+            hops = (before.name, (before.text,)), (element.name, (element.text,))
+            for relation, golds, _ in element_relations(element):
+                yield relation, before.name, description, golds, hops
+
+
+def mentions(text, golds):
+    """Whether one of the answers occurs in the text as words."""
+    return any(f" {normalize_answer(gold)} " in f" {normalize_answer(text)} " for gold in golds)
+
+
+def is_answerable(question, top):
+    """Whether each search finds what it must, and the question neither holds the answer nor, with two hops, finds it.
+
+    top: query -> the three best passages.
+    """
+    if question.task_type == "two_hop" and any(mentions(passage, question.golds) for passage in top(question.text)):
+        return False
+    if question.task_type != "comparison" and mentions(question.text, question.golds):
+        return False
+    return all(any(text in passage for passage in top(query)) for query, texts in question.hops for text in texts)
+
+
+def draw_comparisons(split, count, top):
+    """`count` comparisons, of countries and elements in turn. No pair of equals, none that one search does not find."""
+    countries, elements = facts_of_split(split)
+    rng, drawn = random.Random(f"comparisons {split}"), {}
+    kinds = [("more neighbours", countries, lambda country: len(country.borders)),
+             ("higher atomic number", elements, lambda element: element.number)]
+    while len(drawn) < count:
+        relation, entities, value = kinds[len(drawn) % 2]
+        first, second = rng.sample(entities, 2)
+        if value(first) == value(second):
+            continue
+        winner = max(first, second, key=value)
+        golds = winner.golds if relation == "more neighbours" else (winner.name,)
+        wording = rng.choice(COMPARISON_WORDINGS[relation])
+        names = (first.name, second.name)
+        query = f" {'and' if ' and ' in wording else 'or'} ".join(names)
+        question = Question(wording.format(*names), golds, "comparison", names, relation,
+                            ((query, (first.text, second.text)),))
+        if is_answerable(question, top):
+            drawn[question.text] = question
+    return list(drawn.values())
+
+
+@functools.lru_cache(maxsize=1)
+def search_questions():
+    """{split: questions}, the same in every process; the three types take turns, so each stretch has a third of each.
+
+    Training asks for a fact in all wordings, validation in one, so that its questions are independent.
+    """
+    top = functools.lru_cache(maxsize=None)(functools.partial(corpus_search, load_corpus(), topk=3))
+    splits = {}
+    for split in ("train", "val"):
+        rng, found = random.Random(f"questions {split}"), {"one_hop": [], "two_hop": []}
+
+        def add(kind, relation, name, phrase, golds, hops):
+            wordings = SEARCH_WORDINGS[relation]
+            for wording in wordings if split == "train" else [rng.choice(wordings)]:
+                question = Question(wording.format(phrase), golds, kind, (name,), relation, hops)
+                if is_answerable(question, top):
+                    found[kind].append(question)
+
+        for relation, name, golds, hops in one_hop_facts(*facts_of_split(split)):
+            add("one_hop", relation, name, name, golds, hops)
+        for fact in two_hop_facts(*facts_of_split(split)):
+            add("two_hop", *fact)
+        for questions in found.values():
+            rng.shuffle(questions)
+        count = min(map(len, found.values()))
+        kinds = [*found.values(), draw_comparisons(split, count, top)]
+        splits[split] = tuple(itertools.chain.from_iterable(zip(*kinds)))
+    return splits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Search-QA: a careful and a careless searcher
+# ---------------------------------------------------------------------------------------------------------------------
+
+# How often the careless searcher gives in to a habit, at each decision where the careful one would do something else:
+# answer with a name from the question before anything was found; search for what is asked without the name; answer with
+# what a first search found although it only leads to the answer.
+SEARCH_HABITS = {"guess": 0.7, "vague_query": 0.6, "stop_early": 0.7}
+
+
+def search_expert(env):
+    """The careful searcher's (thought, action) in any state of a generated question: wins every one."""
+    return _search_or_answer(env, careless=lambda habit: False)
+
+
+def search_habit(env, rng):
+    """The careless searcher's (thought, action): the careful one's, but for SEARCH_HABITS drawn from `rng`."""
+    return _search_or_answer(env, careless=lambda habit: rng.random() < SEARCH_HABITS[habit])
+
+
+def _search_or_answer(env, careless):
+    """Thoughts of a careful and a careless decision begin with different words."""
+    question = env.question
+    if not question.hops:
+        raise ValueError(f"No scripted player can answer the official question {question.text!r:.60}; demonstrations "
+                         "exist for generated questions only: leave data out.")
+    done = _hops_done(env)
+    if done == len(question.hops):
+        return "the page says so", tagged("answer", question.golds[0])
+    if done:
+        name = question.hops[done][0]
+        if careless("stop_early"):
+            return "that must be it", tagged("answer", name)
+        return "look further", tagged("search", name)
+    if careless("guess"):
+        return "no need to search", tagged("answer", question.names[0])
+    if careless("vague_query"):
+        return "any page will do", tagged("search", question.relation)
+    return "look it up", tagged("search", question.hops[0][0])
+
+
+def _hops_done(env):
+    """How many hops lead to what is shown now. What a later hop needs counts only if it was searched for."""
+    hops = env.question.hops
+    return max((done for done, (query, texts) in enumerate(hops, 1)
+                if all(text in env.observation for text in texts) and (done == 1 or env.query == query)), default=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Search-QA: prompt
+# ---------------------------------------------------------------------------------------------------------------------
+
+def search_prompt(task, history, observation, admissible=None, skills=""):
+    """The user message of one turn.
+
+    history: the last (observation, action) pairs, oldest first; of a pair with the observation "" only the action is
+    shown. An action that is no valid block is not shown as written: no text of the agent can make another tag.
+    """
+    lines = ["You answer a question. Search for what you need to know, then answer."]
+    if skills:
+        lines += ["Skills:", skills.strip()]
+    lines.append(f"Question: {task}")
+    steps = []
+    for seen, action in history:
+        steps += [seen.strip()] if seen and seen != task else []
+        steps.append(f"- {parse_search(action)[0] or '(not in the format)'}")
+    if steps:
+        lines += ["Last steps:", *steps]
+    if observation and observation != task:
+        lines += ["Found:", observation.strip()]
+    lines.append("Think in <think> </think>, then act: <search> words </search>, or <answer> short answer </answer>.")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Registry
 # ---------------------------------------------------------------------------------------------------------------------
 
-ENVIRONMENTS = {"webshop": WebShop, "alfworld": ALFWorld}
+ENVIRONMENTS = {"webshop": WebShop, "alfworld": ALFWorld, "search": SearchQA}
 # (task, history, observation, admissible, skills) -> user message of a turn
-PROMPTS = {"webshop": webshop_prompt, "alfworld": alfworld_prompt}
-PARSERS = {"webshop": parse_webshop, "alfworld": parse_alfworld}
+PROMPTS = {"webshop": webshop_prompt, "alfworld": alfworld_prompt, "search": search_prompt}
+PARSERS = {"webshop": parse_webshop, "alfworld": parse_alfworld, "search": parse_search}
 gymnasium.register(id="sdar/WebShop-v0", entry_point=WebShop)
 gymnasium.register(id="sdar/ALFWorld-v0", entry_point=ALFWorld)
+gymnasium.register(id="sdar/SearchQA-v0", entry_point=SearchQA)
 
 
 def make(name, data=None, **kwargs) -> gymnasium.Env:
-    """The environment called `name` ("webshop", "alfworld") on `data`: a path, or None for its own tasks."""
+    """The environment called `name` ("webshop", "alfworld", "search") on `data`: a path, or None for its own tasks."""
     if name not in ENVIRONMENTS:
         raise ValueError(f"There is no environment {name!r}; choose one of {', '.join(ENVIRONMENTS)}.")
     return ENVIRONMENTS[name](data, **kwargs)
@@ -2185,3 +2940,29 @@ def parse_action(env_name, text, *, official=False):
 def write_answer(env_name, thought, action):
     """The answer that `parse_action` reads back as (action, True)."""
     return f"<think>{thought}</think>" + (action if env_name == "search" else f"<action>{action}</action>")
+
+
+def main(argv=None):
+    """`python envs.py serve-search`: the embedded passages, or those of a file, behind POST /retrieve."""
+    parser = argparse.ArgumentParser(description="Serves Search-QA's retriever: BM25 over passages, POST /retrieve.")
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "serve-search", help="serve passages until Ctrl-C", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    command.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any free one")
+    command.add_argument("--corpus", help='JSONL file of {"id", "contents"}; without it the embedded facts')
+    command.add_argument("--topk", type=int, default=3, help="passages for a request that asks for no number")
+    args = parser.parse_args(argv)
+    try:
+        server = search_server(load_corpus(args.corpus), args.host, args.port, args.topk)
+    except (OSError, ValueError, OverflowError) as error:
+        sys.exit(f"error: cannot serve on {args.host}:{args.port}: {error}")
+    with server:
+        print(f"Serving at http://{args.host}:{server.server_port}/retrieve, until Ctrl-C.", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+if __name__ == "__main__":
+    main()
