@@ -1724,6 +1724,11 @@ class ALFWorld(gymnasium.Env):
         split = self._split(split)
         return {} if self.data is None else find_games(self.data, split)[1]
 
+    @property
+    def goal(self):
+        """All that tells the game from others, ready for JSON: the facts at its start, and what is asked for."""
+        return [sorted(self.game.static | self.game.initial), self.game.goal]
+
     def expert(self):
         """A good next action, in any state of a game of the six types."""
         return alfworld_expert(self)[1]

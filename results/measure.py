@@ -2,7 +2,7 @@
 
     python results/measure.py step               a GRPO step against TRL's (pip install trl datasets accelerate)
     python results/measure.py webshop            steps a second, loading
-    python results/measure.py alfworld           steps a second, reset and parsing of the recorded games
+    python results/measure.py alfworld           steps a second, reset and parsing; players of the generated tasks
     TRITON_INTERPRET=1 python results/measure.py liger       errors beside fused_linear_jsd (pip install liger-kernel)
     python results/measure.py curves RUN RUN ..  success on the panel of some finished runs; draws results/curve.png too
 
@@ -152,7 +152,37 @@ def measure_alfworld(repeats=20):
     print(f"{len(records)} games: parsed in at most {max(parsing) * 1e3:.1f} ms, reset in {max(resets) * 1e3:.2f} ms, "
           f"{steps / seconds:.0f} steps/s ({steps} steps)")
     return {"games": len(records), "parse_s": max(parsing), "reset_s": max(resets), "steps": steps,
-            "steps_per_s": steps / seconds}
+            "steps_per_s": steps / seconds} | alfworld_players()
+
+
+def alfworld_players(careless_limit=30):
+    """Win rate and steps of the scripted players on all generated tasks, by split and type, and random play's rates."""
+    start = time.perf_counter()
+    for split, size in envs.ALFWORLD_SPLITS.items():
+        for number in range(size):
+            envs.generate_game(split, number)
+    generating = (time.perf_counter() - start) / sum(envs.ALFWORLD_SPLITS.values())
+    env, rows = envs.ALFWorld(), []
+    players = {"expert": lambda info, rng: env.expert(), "random": lambda info, rng: rng.choice(info["admissible"]),
+               "careless": lambda info, rng: env.demonstrate(rng, careless=True)[1]}
+    for player, choose in players.items():
+        limit = careless_limit if player == "careless" else envs.ALFWORLD_MAX_STEPS
+        for split, size in envs.ALFWORLD_SPLITS.items():
+            lengths = {kind: [] for kind in env.task_types}  # of the episodes won; None for those lost
+            for number in range(size):
+                rng = random.Random(f"{player} {split} {number}")
+                _, info = env.reset(options={"split": split, "task_id": number})
+                while not info["won"] and env.steps < limit:
+                    *_, info = env.step(choose(info, rng))
+                lengths[info["task_type"]].append(env.steps if info["won"] else None)
+            for kind, all_lengths in [*lengths.items(), ("all", sum(lengths.values(), []))]:
+                won = [length for length in all_lengths if length is not None]
+                rows.append({"player": player, "split": split, "task_type": kind, "tasks": len(all_lengths),
+                             "limit": limit, "won": len(won) / len(all_lengths),
+                             "mean_steps": statistics.mean(won) if won else None, "max_steps": max(won, default=None)})
+                if kind == "all":
+                    print(f"{player:8} {split:12} won {rows[-1]['won']:.3f} of {size} in {limit} steps")
+    return {"generate_s": generating, "players": rows}
 
 
 def measure_liger(n=64, d=128, v=1064):
