@@ -2771,7 +2771,7 @@ def test_a_game_that_changed_on_disk_is_read_again(tmp_path):
 # -------------------------------------------------------------------------------------------- ALFWorld: generated tasks
 
 @functools.cache
-def generated(split):
+def generated_games(split):
     return [envs.generate_game(split, i) for i in range(envs.ALFWORLD_SPLITS[split])]
 
 
@@ -2820,25 +2820,25 @@ def test_the_splits_have_the_official_sizes_and_all_types_equally_often_from_the
     for split in envs.ALFWORLD_SPLITS:
         assert env.skipped(split) == {}
         for first in (128, sizes[split]):
-            counts = collections.Counter(game.task_type for game in generated(split)[:first])
+            counts = collections.Counter(game.task_type for game in generated_games(split)[:first])
             assert set(counts) == set(env.task_types) and max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_rooms_of_the_unseen_split_never_occur_in_training_and_those_of_the_seen_split_all_do():
-    rooms = {split: set(map(room_of, generated(split))) for split in envs.ALFWORLD_SPLITS}
+    rooms = {split: set(map(room_of, generated_games(split))) for split in envs.ALFWORLD_SPLITS}
     assert rooms["valid_seen"] <= rooms["train"] and not rooms["valid_unseen"] & rooms["train"]
     assert len(rooms["train"]) == 20 and len(rooms["valid_unseen"]) == 9
     assert all(8 <= len(room) <= 12 for split in rooms for room in rooms[split])
 
 
 def test_no_two_generated_tasks_are_the_same_in_any_split():
-    games = [game for split in envs.ALFWORLD_SPLITS for game in generated(split)]
+    games = [game for split in envs.ALFWORLD_SPLITS for game in generated_games(split)]
     assert len({(game.task, game.static, game.initial) for game in games}) == len(games)
 
 
 def test_a_generated_task_is_unsolved_holds_a_dozen_things_or_more_and_names_what_its_goal_asks_for():
     for split in ("train", "valid_unseen"):
-        for game in generated(split)[:600]:
+        for game in generated_games(split)[:600]:
             assert not envs.is_true(game.goal, game.initial) and 12 <= len(game.objects) <= 24
             errand = envs.read_errand(game)
             assert errand.verb == {"clean": "clean", "heat": "heat", "cool": "cool"}.get(game.task_type.split("_")[1])
@@ -2850,7 +2850,7 @@ def test_a_generated_task_is_unsolved_holds_a_dozen_things_or_more_and_names_wha
 
 
 def test_a_thing_at_two_of_a_kind_of_places_is_not_two_things_at_one_place():
-    game = next(game for game in generated("train") if game.task_type == "pick_two_obj_and_place"
+    game = next(game for game in generated_games("train") if game.task_type == "pick_two_obj_and_place"
                 and len(envs.read_errand(game).places) > 1)
     (thing, other, *_), (place, elsewhere, *_) = (sorted(part) for part in envs.read_errand(game)[:2])
     assert envs.is_true(game.goal, {("inreceptacle", thing, place), ("inreceptacle", other, place)})
