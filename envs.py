@@ -1741,6 +1741,11 @@ class ALFWorld(gymnasium.Env):
         split = self._split(split)
         return {} if self.data is None else find_games(self.data, split)[1]
 
+    @property
+    def goal(self):
+        """All that tells the game from others, ready for JSON: the facts at its start, and what is asked for."""
+        return [sorted(self.game.static | self.game.initial), self.game.goal]
+
     def expert(self):
         """A good next action, in any state of a game of the six types."""
         return alfworld_expert(self)[1]
@@ -1800,13 +1805,15 @@ ALFWORLD_THINGS = [
     ("apple bread egg lettuce potato tomato", "kitchen",
      "fridge countertop diningtable sinkbasin microwave garbagecan"),
     ("cup plate", "kitchen", "countertop cabinet diningtable shelf sinkbasin fridge microwave"),
-    ("bowl mug", "kitchen bedroom",
-     "countertop cabinet desk shelf diningtable dresser coffeemachine sinkbasin fridge microwave"),
+    ("bowl", "kitchen bedroom", "countertop cabinet desk shelf diningtable dresser sinkbasin fridge microwave"),
+    ("mug", "kitchen bedroom",
+     "countertop cabinet desk shelf coffeemachine diningtable dresser sinkbasin fridge microwave"),
     ("butterknife fork knife ladle spatula spoon", "kitchen", "countertop drawer diningtable sinkbasin"),
     ("kettle pan pot", "kitchen", "stoveburner countertop cabinet sinkbasin"),
     ("peppershaker saltshaker", "kitchen", "countertop cabinet shelf drawer diningtable"),
     ("glassbottle winebottle", "kitchen", "countertop cabinet garbagecan shelf fridge diningtable"),
-    ("cloth dishsponge soapbar", "kitchen bathroom", "sinkbasin countertop cabinet bathtubbasin toilet garbagecan"),
+    ("dishsponge", "kitchen", "sinkbasin countertop cabinet drawer garbagecan"),
+    ("cloth soapbar", "bathroom", "sinkbasin countertop cabinet bathtubbasin toilet garbagecan"),
     ("candle soapbottle spraybottle tissuebox", "bathroom", "countertop cabinet toilet shelf drawer garbagecan"),
     ("toiletpaper", "bathroom", "toiletpaperhanger toilet countertop cabinet shelf drawer garbagecan"),
     ("handtowel", "bathroom", "handtowelholder countertop cabinet bathtubbasin"),
@@ -1830,12 +1837,12 @@ ALFWORLD_ABILITIES = {
 }
 ALFWORLD_OPENABLE = {"cabinet", "drawer", "fridge", "microwave", "safe"}
 
-PLACED = """(exists (?r - receptacle ?o - object) (and (objecttype ?o {thing}type) (receptacletype ?r {place}type)
+PLACED_GOAL = """(exists (?r - receptacle ?o - object) (and (objecttype ?o {thing}type) (receptacletype ?r {place}type)
     (inreceptacle ?o ?r)%s))"""
-LIT = """(and (exists (?lamp - object ?r - receptacle ?a - agent ?l - location) (and (objecttype ?lamp {place}type)
-        (istoggled ?lamp) (receptacleatlocation ?r ?l) (atlocation ?a ?l) (inreceptacle ?lamp ?r)))
+LIT_GOAL = """(and (exists (?lamp - object ?r - receptacle ?a - agent ?l - location) (and (objecttype ?lamp {place}type)
+        (toggleable ?lamp) (istoggled ?lamp) (receptacleatlocation ?r ?l) (atlocation ?a ?l) (inreceptacle ?lamp ?r)))
     (exists (?o - object ?a - agent) (and (objecttype ?o {thing}type) (holds ?a ?o))))"""
-TWO = """(exists (?r - receptacle ?o - object ?other - object) (and (not (= ?o ?other)) (objecttype ?o {thing}type)
+TWO_GOAL = """(exists (?r - receptacle ?o - object ?other - object) (and (not (= ?o ?other)) (objecttype ?o {thing}type)
     (objecttype ?other {thing}type) (receptacletype ?r {place}type) (inreceptacle ?o ?r) (inreceptacle ?other ?r)))"""
 
 
@@ -1851,25 +1858,25 @@ def _treat(verb, quality, rooms):
     ability, _, gained, _ = APPLIANCES[verb]
     return TaskRule(rooms, (f"put a {quality} {{thing}} in {{place}}.",
                             f"{verb} some {{thing}} and put it in {{place}}."),
-                    PLACED % f" ({ability} ?o) ({gained} ?o)", verb)
+                    PLACED_GOAL % f" ({ability} ?o) ({gained} ?o)", verb)
 
 
 ALFWORLD_RULES = dict(zip(ALFWORLD_TYPES, [
     TaskRule("kitchen, living room, bedroom, bathroom", ("put a {thing} in {place}.", "put some {thing} on {place}."),
-             PLACED % ""),
+             PLACED_GOAL % ""),
     TaskRule("living room, bedroom", ("look at {thing} under the {place}.", "examine the {thing} with the {place}."),
-             LIT),
+             LIT_GOAL),
     _treat("clean", "clean", "kitchen, bathroom"), _treat("heat", "hot", "kitchen"), _treat("cool", "cool", "kitchen"),
     TaskRule("kitchen, living room, bedroom, bathroom",
-             ("put two {thing} in {place}.", "find two {thing} and put them in {place}."), TWO)]))
+             ("put two {thing} in {place}.", "find two {thing} and put them in {place}."), TWO_GOAL)]))
 
 
 @functools.lru_cache(maxsize=512)
 def generate_game(split, task_id):
     """Game number `task_id` of a split of ALFWORLD_SPLITS; its type goes round with the number.
 
-    A room with 8 to 13 receptacles; one or two of the wanted things (two or three where two are to be brought), none
-    where they are to go; a lamp in living rooms and bedrooms; 10 to 16 other things. All lie where things of their kind
+    A room with 8 to 12 receptacles; one or two of the wanted things (two or three where two are to be brought), none
+    where they are to go; a lamp in living rooms and bedrooms; 11 to 18 other things. All lie where things of their kind
     are at home, with half the chance at each next home.
     """
     rng = random.Random(f"alfworld {split} {task_id}")
@@ -1887,7 +1894,7 @@ def generate_game(split, task_id):
     wanted, place = _draw_errand(rng, rule, things, layout, lamp)
 
     number = rng.choice((2, 3) if task_type == "pick_two_obj_and_place" else (1, 1, 2))
-    others = rng.choices([thing for thing in things if thing != wanted], k=rng.randint(10, 16))
+    others = rng.choices([thing for thing in things if thing != wanted], k=rng.randint(11, 18))
     lying = [(wanted, _draw_home(rng, wanted, layout, avoid=place)) for _ in range(number)]
     lying += [(thing, _draw_home(rng, thing, layout)) for thing in [lamp] * bool(lamp) + others]
     goal = parse_lists(rule.goal.format(thing=wanted, place=place), "goal")[0]
@@ -1897,7 +1904,7 @@ def generate_game(split, task_id):
 
 def _draw_errand(rng, rule, things, layout, lamp):
     """(thing, place): the place can hold the thing, which is at home elsewhere too; the lamp if it is to be lit."""
-    if rule.goal is LIT:
+    if rule.goal is LIT_GOAL:
         return rng.choice(things), lamp
     ability, appliance = APPLIANCES[rule.verb][:2] if rule.verb else (None, None)
     able = things if ability is None else [thing for thing in things if thing in ALFWORLD_ABILITIES[ability]]
@@ -1972,6 +1979,10 @@ def goal_facts(formula):
 
 
 def read_errand(game):
+    """The errand of a game of the six types, read from its goal; its sentence may say it in any words.
+
+    Raises ValueError for other goals.
+    """
     facts = goal_facts(game.goal)
     lamps = {fact[1] for fact in facts if fact[0] == "istoggled"}
     places = [] if lamps else sorted({fact[2] for fact in facts if fact[0] == "inreceptacle"},

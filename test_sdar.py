@@ -1,6 +1,6 @@
 """All tests, on CPU, in the order of the equations: tasks that can be won; advantages, policy loss, KL, gate and
 distillation; prompts; rollout; training step; run folder; bad input; then kernels, WebShop, its generated catalogue,
-ALFWorld, evaluation.
+ALFWorld, its generated tasks, evaluation.
 
 Tests of real tokenizers run where SDAR_TOKENIZERS names a folder with qwen2.5-tokenizer and qwen3-tokenizer.
 """
@@ -2766,6 +2766,239 @@ def test_a_game_that_changed_on_disk_is_read_again(tmp_path):
     assert envs.load_game(path) is first
     shutil.copy(game_file(GAMES[-1]), path)
     assert envs.load_game(path).task != first.task
+
+
+# -------------------------------------------------------------------------------------------- ALFWorld: generated tasks
+
+@functools.cache
+def generated_games(split):
+    return [envs.generate_game(split, i) for i in range(envs.ALFWORLD_SPLITS[split])]
+
+
+def play_house(env, choose, limit=50, **options):
+    """One episode; choose: info -> action. Returns (won, number of steps)."""
+    _, info = env.reset(options=options)
+    for step in range(limit):
+        if info["won"]:
+            return True, step
+        *_, info = env.step(choose(info))
+    return info["won"], limit
+
+
+def room_of(game):
+    return tuple(sorted(name for entity, name in game.names.items() if entity not in game.objects))
+
+
+def test_the_expert_wins_every_generated_household_task_well_within_fifty_steps():
+    env = envs.ALFWorld()
+    for split, size in envs.ALFWORLD_SPLITS.items():
+        played = [play_house(env, lambda info: env.expert(), split=split, task_id=i) for i in range(size)]
+        assert all(won for won, _ in played) and max(steps for _, steps in played) <= 30
+
+
+@pytest.mark.parametrize("put_wording", ["move", "put"])
+def test_the_expert_wins_the_recorded_games(put_wording):
+    env = envs.ALFWorld(put_wording=put_wording)
+    for name in GAMES:
+        assert play_house(env, lambda info: env.expert(), game=game_file(name))[0], name
+
+
+def test_the_expert_finds_its_way_from_wherever_random_moves_lead():
+    env = envs.ALFWorld()
+    games = [{"split": "train", "task_id": i} for i in range(300)] + [{"game": game_file(name)} for name in GAMES]
+    for number, options in enumerate(games):
+        rng, moves = random.Random(number), iter(range(20))
+        won, _ = play_house(env, lambda info: env.expert() if next(moves, None) is None
+                            else rng.choice(info["admissible"]), limit=120, **options)
+        assert won, options
+
+
+def test_the_splits_have_the_official_sizes_and_all_types_equally_often_from_the_start():
+    env = envs.ALFWorld()
+    sizes = {split: env.num_tasks(split) for split in ("train", "valid_seen", "valid_unseen", "val")}
+    assert sizes == {"train": 3553, "valid_seen": 140, "valid_unseen": 134, "val": 134}
+    for split in envs.ALFWORLD_SPLITS:
+        assert env.skipped(split) == {}
+        for first in (128, sizes[split]):
+            counts = collections.Counter(game.task_type for game in generated_games(split)[:first])
+            assert set(counts) == set(env.task_types) and max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_rooms_of_the_unseen_split_never_occur_in_training_and_those_of_the_seen_split_all_do():
+    rooms = {split: set(map(room_of, generated_games(split))) for split in envs.ALFWORLD_SPLITS}
+    assert rooms["valid_seen"] <= rooms["train"] and not rooms["valid_unseen"] & rooms["train"]
+    assert len(rooms["train"]) == 20 and len(rooms["valid_unseen"]) == 9
+    assert all(8 <= len(room) <= 12 for split in rooms for room in rooms[split])
+
+
+def test_no_two_generated_tasks_are_the_same_in_any_split():
+    games = [game for split in envs.ALFWORLD_SPLITS for game in generated_games(split)]
+    assert len({(game.task, game.static, game.initial) for game in games}) == len(games)
+
+
+def test_a_generated_task_is_unsolved_holds_a_dozen_things_or_more_and_names_what_its_goal_asks_for():
+    for split in ("train", "valid_unseen"):
+        for game in generated_games(split)[:600]:
+            assert not envs.is_true(game.goal, game.initial) and 12 <= len(game.objects) <= 24
+            errand = envs.read_errand(game)
+            assert errand.verb == {"clean": "clean", "heat": "heat", "cool": "cool"}.get(game.task_type.split("_")[1])
+            assert errand.two == (game.task_type == "pick_two_obj_and_place") == (" two " in game.task)
+            assert bool(errand.lamps) == (game.task_type == "look_at_obj_in_light") == ("lamp" in game.task)
+            for entity in [*errand.things, *errand.places, *errand.lamps]:
+                assert game.names[entity].split()[0] in re.findall(r"\w+", game.task)
+            assert len(errand.things) >= 1 + errand.two and game.task.endswith(".")
+
+
+def test_a_thing_at_two_of_a_kind_of_places_is_not_two_things_at_one_place():
+    game = next(game for game in generated_games("train") if game.task_type == "pick_two_obj_and_place"
+                and len(envs.read_errand(game).places) > 1)
+    (thing, other, *_), (place, elsewhere, *_) = (sorted(part) for part in envs.read_errand(game)[:2])
+    assert envs.is_true(game.goal, {("inreceptacle", thing, place), ("inreceptacle", other, place)})
+    assert not envs.is_true(game.goal, {("inreceptacle", thing, place), ("inreceptacle", other, elsewhere)})
+
+
+def test_generated_tasks_are_the_same_in_processes_with_different_hashes():
+    code = ("import hashlib, json, envs; env = envs.ALFWorld(); seen = []\n"
+            "for split in envs.ALFWORLD_SPLITS:\n"
+            "    for i in range(60):\n"
+            "        seen += [env.reset(options={'split': split, 'task_id': i}), json.dumps(env.goal)]\n"
+            "        for _ in range(4):\n"
+            "            seen.append(env.step(env.expert()))\n"
+            "print(hashlib.sha256(repr(seen).encode()).hexdigest())")
+    prints = [subprocess.run([sys.executable, "-c", code], cwd=Path(envs.__file__).parent, capture_output=True,
+                             text=True, env=os.environ | {"PYTHONHASHSEED": seed}) for seed in ("1", "2")]
+    assert prints[0].stdout == prints[1].stdout and len(prints[0].stdout) == 65, prints[0].stderr
+
+
+def test_the_held_out_panel_is_called_val_too_with_generated_and_with_official_games(tmp_path):
+    env = envs.ALFWorld()
+    assert (env.reset(options={"split": "val", "task_id": 5})
+            == env.reset(options={"split": "valid_unseen", "task_id": 5}))
+    add_game(tmp_path, "valid_unseen", "a")
+    official = envs.ALFWorld(tmp_path)
+    assert official.num_tasks("val") == 1 and official.reset(options={"split": "val"})[1]["task_id"] == 0
+    with pytest.raises(ValueError, match="no split 'test'; splits are train, valid_seen, valid_unseen and val"):
+        env.num_tasks("test")
+    with pytest.raises(ValueError, match="number from 0 to 133"):
+        env.reset(options={"split": "val", "task_id": 134})
+
+
+def test_random_play_wins_under_three_in_a_hundred():
+    env, rng = envs.ALFWorld(), random.Random(0)
+    won = [play_house(env, lambda info: rng.choice(info["admissible"]), split="train", task_id=i)[0]
+           for i in range(400)]
+    assert sum(won) / len(won) < 0.03
+
+
+def test_the_careless_player_wins_now_and_then_in_every_type_and_never_often():
+    env, won = envs.ALFWorld(), collections.defaultdict(list)
+    for i in range(600):
+        rng = random.Random(f"careless {i}")
+        success, _ = play_house(env, lambda info: env.demonstrate(rng, True)[1], limit=30, split="train", task_id=i)
+        won[env.game.task_type].append(success)
+    rates = {kind: sum(wins) / len(wins) for kind, wins in won.items()}
+    assert set(rates) == set(env.task_types) and all(0.05 < rate < 0.4 for rate in rates.values()), rates
+    assert 0.1 < sum(rates.values()) / len(rates) < 0.35
+
+
+def test_careful_and_careless_thoughts_are_short_and_begin_with_different_words():
+    env, habits = envs.ALFWorld(), set()
+    for i in range(120):
+        rng = random.Random(i)
+        env.reset(options={"split": "train", "task_id": i})
+        for _ in range(25):
+            (careful, good), (careless, bad) = env.demonstrate(rng), env.demonstrate(rng, careless=True)
+            assert good == env.expert() and 2 <= len(careful.split()) <= 4 and 2 <= len(careless.split()) <= 4
+            assert {good, bad} <= set(env.actions)
+            assert (careful == careless) == (careful.split()[0] == careless.split()[0])
+            assert careful != careless or good == bad
+            habits.add(careless) if careful != careless else None
+            env.step(rng.choice([good, bad, rng.choice(sorted(env.actions))]))
+    assert habits == {"skip closed ones", "fine as it is", "any place does", "just examine it", "all is done"}
+
+
+def test_the_expert_decides_by_what_the_prompt_shows():
+    env, answers = envs.ALFWorld(), collections.defaultdict(collections.Counter)
+    for i, repeat in [(i, repeat) for i in range(60) for repeat in range(15)]:
+        rng, past = random.Random(f"{i} {repeat}"), []
+        observation, info = env.reset(options={"split": "train", "task_id": i})
+        while not info["won"] and len(past) < 40:
+            prompt = envs.alfworld_prompt(info["task"], past[-2:], observation, info["admissible"])
+            action = env.expert()
+            answers[i, prompt][action] += 1
+            past.append(("", action if rng.random() < 0.9 else rng.choice(info["admissible"])))
+            observation, *_, info = env.step(past[-1][1])
+    counts = [count for answer in answers.values() for count in answer.values()]
+    likeliest = [max(answer.values()) for answer in answers.values()]
+    assert sum(counts) - sum(likeliest) <= 0.001 * sum(counts)
+
+
+def test_a_goal_that_the_expert_cannot_read_is_refused():
+    env = envs.ALFWorld()
+    env.reset(options={"task_id": 0})
+    env.game = env.game._replace(goal=("not", ("fact", ("opened", "x"))))
+    with pytest.raises(ValueError, match="can't read the goal of the task 'put"):
+        env.expert()
+
+
+def test_a_household_prompt_shows_every_command_and_neither_welcome_nor_task_twice():
+    env, lengths = envs.ALFWorld(), []
+    for i in range(90):
+        rng, past = random.Random(i), []
+        observation, info = env.reset(options={"split": "train", "task_id": i})
+        while not info["won"] and len(past) < 12:
+            prompt = envs.alfworld_prompt(info["task"], past[-2:], observation, info["admissible"])
+            lines = prompt.splitlines()
+            commands = next(line for line in lines if line.startswith("Commands: ")).removeprefix("Commands: ")
+            assert commands.split(", ") == [command for command in info["admissible"] if command != "help"]
+            assert "Welcome" not in prompt and prompt.count(info["task"]) == 1 and "Skills" not in prompt
+            assert f"Task: {info['task']}" in lines and lines[-1].startswith("Think in <think> </think>")
+            assert ("Last steps:" in lines) == bool(past)
+            lengths.append(len(prompt))
+            choices = [command for command in info["admissible"] if command != "help"]
+            past.append((observation, env.expert() if rng.random() < 0.8 else rng.choice(choices)))
+            observation, *_, info = env.step(past[-1][1])
+    assert sum(lengths) / len(lengths) < 1000
+
+
+def test_a_household_prompt_holds_skills_and_history_as_given():
+    history = [("You arrive at desk 1. On the desk 1, you see a pen 1.", "take pen 1 from desk 1"), ("", "look")]
+    lines = envs.alfworld_prompt("put a pen in safe.", history, "You are facing the desk 1.\n", ["help", "look"],
+                                 "1. Look.\n").splitlines()
+    assert lines[1:] == ["Skills:", "1. Look.", "Task: put a pen in safe.", "Last steps:",
+                         "- on: You arrive at desk 1. On the desk 1, you see a pen 1.", "  take pen 1 from desk 1",
+                         "- look", "Now: You are facing the desk 1.", "Commands: look",
+                         "Think in <think> </think>, then act in <action> </action>: one of the commands."]
+
+
+@pytest.mark.parametrize("text, official, action, valid", [
+    ("<think>a</think><action> Go to desk 1 </action>", False, "go to desk 1", True),
+    ("<think>a</think><action>look</action><action>help</action>", True, "look", True),
+    ("<action>look</action>", False, "look", False),
+    ("<think>\u8336</think><action>look</action>", False, "look", False),
+    ("<think>a</think><action>look", False, "", False),
+    ("I take the Egg 1 from the Countertop 1", True, "ake the egg 1 from the countertop 1"[-30:], False),
+    ("look", True, "look", False), ("", True, "", False)])
+def test_a_household_answer_is_split_into_action_and_validity(text, official, action, valid):
+    assert envs.parse_alfworld(text, official=official) == (action, valid)
+    assert envs.parse_action("alfworld", text, official=official) == (action, valid)
+
+
+def test_there_are_short_skills_for_every_type_of_household_task():
+    folder = Path(envs.__file__).parent / "data" / "skills" / "alfworld"
+    assert {path.stem for path in folder.glob("*.md")} == {"general", *envs.ALFWORLD_TYPES}
+    rules = (folder / "general.md").read_text().splitlines()
+    assert 3 <= len(rules) <= 5 and [rule.split(". ")[0] for rule in rules] == list("12345")[:len(rules)]
+    for kind in envs.ALFWORLD_TYPES:
+        assert len((folder / f"{kind}.md").read_text().split()) <= 30
+
+
+def test_gymnasium_accepts_generated_household_tasks_and_a_group_starts_alike():
+    check_env(envs.ALFWorld(), skip_render_check=True)
+    group = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make("sdar/ALFWorld-v0")] * 4)
+    texts, infos = group.reset(seed=[3, 3, 4, 4])
+    assert texts[0] == texts[1] != texts[2] == texts[3] and list(infos["task_id"][:2]) == [infos["task_id"][0]] * 2
+    group.close()
 
 
 # ============================================================================================================== eval.py

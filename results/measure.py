@@ -2,7 +2,8 @@
 
     python results/measure.py step               a GRPO step against TRL's (pip install trl datasets accelerate)
     python results/measure.py webshop            steps a second, loading
-    python results/measure.py alfworld           steps a second, reset and parsing of the recorded games
+    python results/measure.py alfworld           steps a second, reset and parsing; players of the generated tasks;
+                                                 its own engine beside ours if it is there (pip install alfworld)
     TRITON_INTERPRET=1 python results/measure.py liger       errors beside fused_linear_jsd (pip install liger-kernel)
     python results/measure.py curves RUN RUN ..  success on the panel of some finished runs; draws results/curve.png too
 
@@ -152,7 +153,96 @@ def measure_alfworld(repeats=20):
     print(f"{len(records)} games: parsed in at most {max(parsing) * 1e3:.1f} ms, reset in {max(resets) * 1e3:.2f} ms, "
           f"{steps / seconds:.0f} steps/s ({steps} steps)")
     return {"games": len(records), "parse_s": max(parsing), "reset_s": max(resets), "steps": steps,
-            "steps_per_s": steps / seconds}
+            "steps_per_s": steps / seconds} | alfworld_players() | beside_official_engine(records)
+
+
+def beside_official_engine(records):
+    """Ours and alfworld's engine in turn on the recorded commands: resets and steps, with admissible commands."""
+    try:
+        from alfworld.agents.environment import alfred_tw_env
+        from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+    except ImportError:
+        print("alfworld is not installed, so there is no comparison with it: pip install alfworld")
+        return {}
+    import os
+    from importlib.metadata import version
+
+    import textworld
+    wanted = textworld.EnvInfos(won=True, admissible_commands=True)
+    domain, grammar = Path(ALFRED_PDDL_PATH).read_text(), Path(ALFRED_TWL2_PATH).read_text()
+    seconds, steps, stdout = {"ours": [0.0, 0.0], "official": [0.0, 0.0]}, 0, os.dup(1)  # [resets, steps]
+
+    def play(name, reset, step, read, commands):
+        start = time.perf_counter()
+        found = [read(reset())]
+        middle = time.perf_counter()
+        found += [read(step(command)) for command in commands]
+        seconds[name][0] += middle - start
+        seconds[name][1] += time.perf_counter() - middle
+        return found
+
+    def official_answer(state):  # a step gives (state, reward, done)
+        state = state if isinstance(state, dict) else state[0]
+        return state["feedback"], state["admissible_commands"]
+
+    os.dup2(2, 1)  # the planner's library writes to the standard output
+    with tempfile.TemporaryDirectory() as folder:
+        for number, record in enumerate(records):
+            path = Path(folder) / f"{number}.tw-pddl"
+            task = envs.read_task(record["game"]["grammar"], path)
+            path.write_text(json.dumps(record["game"] | {
+                "pddl_domain": domain, "walkthrough": [],
+                "grammar": grammar.replace("UNKNOWN GOAL.", task)}))
+            ours = envs.ALFWorld()
+            official = textworld.start(str(path), wanted, [alfred_tw_env.AlfredDemangler(), alfred_tw_env.AlfredInfos])
+            envs.load_game(path)  # read the file before the clock starts, as textworld.start has
+            for kind in ("plan", "walk"):
+                commands = [entry["command"] for entry in record[kind]["steps"][1:]]
+                answers = play("ours", lambda: ours.reset(options={"game": path}), ours.step,
+                               lambda answer: (answer[0], answer[-1]["admissible"]), commands)
+                theirs = play("official", official.reset, official.step, official_answer, commands)
+                assert answers == [(text, sorted(possible)) for text, possible in theirs], (path, kind)
+                steps += len(commands)
+    os.dup2(stdout, 1)
+    report = {name: {"reset_s": resets / (2 * len(records)), "steps_per_s": steps / stepping}
+              for name, (resets, stepping) in seconds.items()}
+    ratios = {part: theirs / ours for part, theirs, ours in zip(("resets", "steps"), seconds["official"],
+                                                                seconds["ours"])}
+    print(f"alfworld {version('alfworld')}: reset in {report['official']['reset_s']:.2f} s, "
+          f"{report['official']['steps_per_s']:.1f} steps/s; ours is {ratios['resets']:.0f} and {ratios['steps']:.0f} "
+          f"times as fast on the same {steps} steps, with the same texts and commands")
+    return {"beside_official": report | {"times_as_fast": ratios, "alfworld": version("alfworld"),
+                                         "textworld": version("textworld"), "steps": steps}}
+
+
+def alfworld_players(careless_limit=30):
+    """Win rate and steps of the scripted players on all generated tasks, by split and type, and random play's rates."""
+    start = time.perf_counter()
+    for split, size in envs.ALFWORLD_SPLITS.items():
+        for number in range(size):
+            envs.generate_game(split, number)
+    generating = (time.perf_counter() - start) / sum(envs.ALFWORLD_SPLITS.values())
+    env, rows = envs.ALFWorld(), []
+    players = {"expert": lambda info, rng: env.expert(), "random": lambda info, rng: rng.choice(info["admissible"]),
+               "careless": lambda info, rng: env.demonstrate(rng, careless=True)[1]}
+    for player, choose in players.items():
+        limit = careless_limit if player == "careless" else envs.ALFWORLD_MAX_STEPS
+        for split, size in envs.ALFWORLD_SPLITS.items():
+            lengths = {kind: [] for kind in env.task_types}  # of the episodes won; None for those lost
+            for number in range(size):
+                rng = random.Random(f"{player} {split} {number}")
+                _, info = env.reset(options={"split": split, "task_id": number})
+                while not info["won"] and env.steps < limit:
+                    *_, info = env.step(choose(info, rng))
+                lengths[info["task_type"]].append(env.steps if info["won"] else None)
+            for kind, all_lengths in [*lengths.items(), ("all", sum(lengths.values(), []))]:
+                won = [length for length in all_lengths if length is not None]
+                rows.append({"player": player, "split": split, "task_type": kind, "tasks": len(all_lengths),
+                             "limit": limit, "won": len(won) / len(all_lengths),
+                             "mean_steps": statistics.mean(won) if won else None, "max_steps": max(won, default=None)})
+                if kind == "all":
+                    print(f"{player:8} {split:12} won {rows[-1]['won']:.3f} of {size} in {limit} steps")
+    return {"generate_s": generating, "players": rows}
 
 
 def measure_liger(n=64, d=128, v=1064):
