@@ -2948,6 +2948,12 @@ def parse_action(env_name, text, *, official=False):
     return PARSERS[env_name](text, official=official)
 
 
+def random_move(admissible, rng):
+    """One of the actions possible now (`info["admissible"]`) that ends nothing and has no words to fill in, or None."""
+    moves = [move for move in admissible or () if "<" not in move and move not in ("click[buy now]", "help")]
+    return rng.choice(moves) if moves else None
+
+
 def write_answer(env_name, thought, action):
     """The answer that `parse_action` reads back as (action, True)."""
     return f"<think>{thought}</think>" + (action if env_name == "search" else f"<action>{action}</action>")

@@ -6,10 +6,10 @@
     128 tasks of val, panel ac853f6b6743, T=0.4, episodes a task 1, seed 0
 
     with skills in the prompt
-      task type         n  success [95 %]          score [95 %]                 turns     invalid  unfinished
-      beauty           28  0.750 [0.566, 0.873]    0.950 [0.914, 0.979]           5.0       0.000       0.000
+      task type      n  success [95 %]          score [95 %]                 turns     invalid  unfinished
+      beauty        28  0.750 [0.566, 0.873]    0.950 [0.914, 0.979]           5.0       0.000       0.000
       ...
-      all             128  0.891 [0.825, 0.934]    0.977 [0.965, 0.988]           4.7       0.000       0.000
+      all          128  0.891 [0.825, 0.934]    0.977 [0.965, 0.988]           4.7       0.000       0.000
 
     with - without skills, paired by task
       success +0.844 [+0.781, +0.906]  p 6.16e-33 (McNemar)  a difference
@@ -134,8 +134,9 @@ def print_table(title, table):
         rest = f"{s['turns']:.1f}", f"{s['invalid']:.3f}", f"{s['unfinished']:.3f}"
         rows.append((kind, s["n"], success, score, *rest))
     print(f"\n{title}")
+    width = max(len(row[0]) for row in rows)
     for kind, n, success, score, *rest in rows:
-        print(f"  {kind:<14}{n:>5}  {success:<22}  {score:<22}" + "".join(f"{cell:>12}" for cell in rest))
+        print(f"  {kind:<{width}}{n:>5}  {success:<22}  {score:<22}" + "".join(f"{cell:>12}" for cell in rest))
 
 
 def print_difference(title, result):

@@ -46,6 +46,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -727,13 +728,15 @@ def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, 
             context = turn_context(cfg, info, observation, past[i])
             fitted.append(fit_prompt(policy.chat, cfg, context, skills[info["task_type"]] if skills else ""))
         responses = sample(policy, [ids for _, ids in fitted], cfg, temperature, generator)
+        texts = [policy.chat.tokenizer.decode(r.ids[:-1] if r.stop == "end" else r.ids) for r in responses]
+        parsed = [envs.parse_action(cfg.env, text, official=not cfg.check_admissible) for text in texts]
+        stepped = step_all(cfg, [
+            (tasks[i], f"action {action!r} in turn {len(past[i]) + 1}", environments[i].step, action)
+            for i, (action, _) in zip(active, parsed)])
         still = []
-        for i, (context, ids), response in zip(active, fitted, responses):
-            spoken = response.ids[:-1] if response.stop == "end" else response.ids
-            text = policy.chat.tokenizer.decode(spoken)
-            action, valid = envs.parse_action(cfg.env, text, official=not cfg.check_admissible)
-            observation, _, terminated, truncated, info = guard(
-                tasks[i], f"action {action!r} in turn {len(past[i]) + 1}", environments[i].step, action)
+        for i, (context, ids), response, text, (action, valid), page in zip(
+                active, fitted, responses, texts, parsed, stepped):
+            observation, _, terminated, truncated, info = page
             valid = valid and (info["valid"] or not cfg.check_admissible)
             episodes[i].turns.append(Turn(context, ids, response, text, action, valid))
             past[i].append((pages[i][0], action))
@@ -755,6 +758,14 @@ def make_env(cfg):
         return envs.make(cfg.env, data=cfg.data, **({"retriever": cfg.retriever} if cfg.retriever else {}))
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
+
+
+def step_all(cfg, calls):
+    """The results of guard(*call) for each call, in order; in threads where a step waits for a retriever's answer."""
+    if not cfg.retriever:
+        return [guard(*call) for call in calls]
+    with ThreadPoolExecutor(32) as pool:
+        return list(pool.map(lambda call: guard(*call), calls))
 
 
 def guard(task, doing, call, *args, **kwargs):
@@ -999,8 +1010,7 @@ def demonstrated_turns(arena, rng, noise=0.1, most=4):
         context = turn_context(cfg, info, observation, past)
         thought, action = env.demonstrate(rng, careless)
         if rng.random() < noise:
-            action = rng.choice([a for a in info["admissible"] or () if "<" not in a and a != "click[buy now]"] or
-                                [action])
+            action = envs.random_move(info["admissible"], rng) or action
         else:
             turns.append((context, text, thought, action))
         over = past[-1:] == [(observation, action)]  # who repeats himself has given up, and would fill the batch

@@ -967,6 +967,11 @@ def flags(model_folder, out, **changes):
     return [text for name, value in (values | changes).items() for text in (f"--{name}", str(value))]
 
 
+def without_flag(arguments, flag):
+    at = arguments.index(flag)
+    return arguments[:at] + arguments[at + 2 :]
+
+
 def weights_of(folder):
     from safetensors.torch import load_file
 
@@ -1042,9 +1047,7 @@ def test_cloning_lowers_the_experts_loss(policy, skills):
 
 def test_the_warm_start_is_resumed_bit_for_bit_too(model_folder, tmp_path, monkeypatch):
     changes = {"sft_steps": 3, "sft_tokens": 2000, "steps": 2, "eval_every": 0}
-    arguments = [a for a in flags(model_folder, tmp_path / "whole", **changes)]
-    drop = arguments.index("--eval_tasks")
-    del arguments[drop : drop + 2]
+    arguments = without_flag(flags(model_folder, tmp_path / "whole", **changes), "--eval_tasks")
     assert sdar.main(arguments) == 0
     assert [(e["phase"], e["step"]) for e in lines_of(tmp_path / "whole")] == [
         ("sft", 1), ("sft", 2), ("sft", 3), ("rl", 1),
@@ -1121,6 +1124,75 @@ def test_a_program_stopped_by_ctrl_c_exits_with_130_and_says_where_it_saved(mode
     last = sdar.checkpoints(run)[-1]
     assert f"saved in {last}" in output and f"--resume {run}" in output
     assert len(weights_of(last)) > 10 and not list(run.glob(".*"))
+
+
+# ------------------------------------------------------------------------------------------------- all the environments
+
+def test_each_environment_brings_its_papers_settings_and_those_of_the_embedded_model():
+    turns = {env: [sdar.make_config({"env": env, "model": model}).max_turns for model in ("m", "tiny")]
+             for env in envs.ENVIRONMENTS}
+    assert turns == {"webshop": [15, 8], "alfworld": [50, 24], "search": [4, 4]}
+    assert sdar.make_config({"env": "search", "model": "m"}).history == 4
+    assert sdar.make_config({"env": "search", "model": "m", "history": 1}).history == 1
+    for model in ("m", "tiny"):
+        home = sdar.make_config({"env": "webshop", "model": model, "out": "x"})
+        away = sdar.make_config({"env": "search", "model": model, "out": "x"})
+        assert sdar.move(home, "search") == away and sdar.move(away, "webshop") == home
+
+
+def test_a_new_model_learns_every_environment_and_any_other_only_its_own():
+    cfg = sdar.make_config({"env": "alfworld", "model": "new", "sft_steps": 10, "sft_careless": 0.5})
+    assert [arena.cfg.env for arena in sdar.warm_start_arenas(cfg)] == ["alfworld", "webshop", "search"]
+    assert [arena.cfg.env for arena in sdar.warm_start_arenas(dataclasses.replace(cfg, model="m"))] == ["alfworld"]
+
+
+@pytest.mark.parametrize("careless", [0.0, 1.0])
+@pytest.mark.parametrize("name", list(envs.ENVIRONMENTS))
+def test_what_a_demonstration_says_is_read_back_as_its_action(name, careless):
+    cfg = sdar.make_config({"env": name, "sft_steps": 10, "sft_careless": careless})
+    (arena,), rng = sdar.warm_start_arenas(cfg), random.Random(0)
+    for _ in range(30):
+        turns = sdar.demonstrated_turns(arena, rng)
+        assert len(turns) <= 4
+        for _, skills, thought, action in turns:
+            assert envs.parse_action(name, envs.write_answer(name, thought, action)) == (action, True)
+            assert skills == "" and 1 <= len(thought.split()) <= 5
+
+
+@pytest.mark.parametrize("name", ["alfworld", "search"])
+def test_a_run_learns_in_the_other_environments_and_logs_success_by_task_type(name, model_folder, tmp_path):
+    run = tmp_path / "run"
+    assert sdar.main(flags(model_folder, run, env=name, steps=1, eval_every=1, eval_tasks=6)) == 0
+    first, step, last = lines_of(run)
+    kinds = {key for key in first if key.startswith("eval/success/")}
+    assert kinds <= {f"eval/success/{kind}" for kind in envs.make(name).task_types} and len(kinds) >= 3
+    assert step["rollout/errors"] == 0 and math.isfinite(step["grpo/loss"]) and step["sdar/gate"] > 0
+    assert not same(weights_of(run / "checkpoint-1"), weights_of(run / "checkpoint-0"))
+
+
+def test_alfworlds_official_layout_is_trained_on_through_data(model_folder, tmp_path):
+    for split, games in (("train", GAMES[:4]), ("valid_unseen", GAMES[4:6])):
+        for name in games:
+            folder = tmp_path / "json_2.1.1" / split / name / "trial_T1"
+            folder.mkdir(parents=True)
+            shutil.copy(game_file(name), folder)
+            (folder / "traj_data.json").write_text(json.dumps({"task_type": name.split("-")[0]}))
+    run = tmp_path / "run"
+    assert sdar.main(flags(model_folder, run, env="alfworld", data=tmp_path, steps=1, eval_every=1)) == 0
+    assert {"eval/success/pick_heat_then_place_in_recep", "eval/success/pick_two_obj_and_place"} <= lines_of(run)[0].keys()
+    assert not same(weights_of(run / "checkpoint-1"), weights_of(run / "checkpoint-0"))
+
+
+def test_a_retriever_that_is_down_is_counted_in_every_line_and_loses_no_step(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(envs.Retriever.__init__.__kwdefaults__, "pause", 0.0)
+    monkeypatch.setitem(envs.PARSERS, "search", lambda text, official=False: ("<search> lisbon </search>", True))
+    run = tmp_path / "run"
+    with pytest.warns(RuntimeWarning, match="127.0.0.1"):
+        assert sdar.main(
+            without_flag(flags(model_folder, run, env="search", retriever="http://127.0.0.1:9", steps=1, eval_every=0),
+                    "--eval_tasks")) == 0
+    (step,) = lines_of(run)
+    assert step["rollout/errors"] == 12 and "errors 12" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
