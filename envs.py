@@ -1938,7 +1938,7 @@ def result_passages(reply):
     try:
         entries = json.loads(reply)["result"][0]
         passages = [entry.get("document", entry)["contents"] for entry in entries]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the answer is not of the form {{\"result\": [[{{\"document\": {{\"contents\": ..}}}}]]}} "
                          f"({type(error).__name__})") from error
     if not all(isinstance(passage, str) for passage in passages):
@@ -2012,7 +2012,6 @@ def retrieve(corpus, request, topk):
 
 def search_server(corpus, host="127.0.0.1", port=8000, topk=3):
     """An HTTP server, bound and not yet started, that answers POST /retrieve by `retrieve`; port 0 takes a free one."""
-
     if topk < 1:
         raise ValueError(f"topk must be at least 1, not {topk}")
 
@@ -2125,7 +2124,7 @@ class SearchQA(gymnasium.Env):
             raise TypeError(f"A Search-QA action is a text such as '<search> Lisbon </search>', not "
                             f"{type(action).__name__}.")
         if self.ended:
-            raise gymnasium.error.ResetNeeded("There is no question, or it was answered: call reset before the step.")
+            raise gymnasium.error.ResetNeeded("No episode is running: call reset before the first step.")
         answers, queries = tagged_blocks(action, "answer"), tagged_blocks(action, "search")
         self.turns += 1
         self.observation, self.error, won = "", None, False

@@ -3150,9 +3150,9 @@ def test_a_server_error_is_tried_again_and_not_for_ever(serve):
 
 
 @pytest.mark.parametrize("text", ["", "no JSON", "[]", '{"result": []}', '{"result": [[1]]}', '{"result": [{"a": 1}]}',
-                                  '{"result": [[{"document": {"contents": 5}}]]}', '{"result": null}', "\udcff"])
+                                  '{"result": [[{"document": {"contents": 5}}]]}', '{"result": null}', "[" * 100000])
 def test_nonsense_from_a_server_is_an_error_after_one_try_of_each_form(serve, text):
-    url, server = serve([(200, text.encode("utf-8", "replace").decode(), 0)])
+    url, server = serve([(200, text, 0)])
     assert failing_search(quick(url)).startswith("ValueError") and len(server.requests) == 4
 
 
