@@ -2228,7 +2228,8 @@ def parse_search(text, *, official=False):
 
     What stands behind the first </search> (without one: the first </answer>) is cut. The action is the first search
     block, else the first answer block. An answer with both kinds, with one twice, or with another of SEARCH_TAGS in its
-    block is invalid, and its action "", or, as in the released code, the block all the same. <think> is not asked for.
+    block is invalid, and its action "". <think> is not asked for.
+    official: as in the released code an invalid answer's block is acted on, and a tag in a block is no fault.
 
     >>> parse_search("<think>look it up</think><search>Lisbon</search>")
     ('<search> Lisbon </search>', True)
@@ -2243,7 +2244,8 @@ def parse_search(text, *, official=False):
     if not blocks:
         return "", False
     tag, inner = blocks[0]
-    valid = sum(counts.values()) == 1 and not re.search(f"</?({'|'.join(SEARCH_TAGS)})>", inner, re.IGNORECASE)
+    is_clean = not re.search(f"</?({'|'.join(SEARCH_TAGS)})>", inner, re.IGNORECASE)
+    valid = sum(counts.values()) == 1 and (is_clean or official)
     return (tagged(tag, inner) if valid or official else ""), valid
 
 
@@ -2253,6 +2255,9 @@ def information(result):
 
 
 # Questions from files
+
+ROW_FIELDS = ("question", "data_source", "ground_truth", "reward_model", "golden_answers", "env_kwargs")
+
 
 class Question(NamedTuple):
     """A task. Only generated ones have the last three fields, which the scripted players go by."""
@@ -2287,7 +2292,8 @@ def read_parquet(path):
     except ImportError as error:
         raise ImportError(f"Reading {path} needs pyarrow: pip install pyarrow, or give the rows as JSONL.") from error
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        fields = [name for name in pyarrow.parquet.read_schema(path).names if name in ROW_FIELDS]
+        rows = pyarrow.parquet.read_table(path, columns=fields).to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is not a parquet file: {error}.") from error
     for number, row in enumerate(rows, 1):
@@ -2313,10 +2319,12 @@ def load_questions(path):
         raise ValueError(f"{path} is neither .jsonl nor .parquet; give the questions in one of these formats.")
     questions = []
     for where, row in (read_parquet if Path(path).suffix == ".parquet" else read_jsonl)(path):
+        if "question" not in row and isinstance(row.get("env_kwargs"), dict):
+            row = row["env_kwargs"]      # where verl-agent's copy of the rows has them
         text, source = row.get("question"), row.get("data_source") or "unknown"
         if not isinstance(text, str) or not text.strip() or not isinstance(source, str):
             raise ValueError(f"{where}: a row needs a text as question, and data_source, if given, must be one too.")
-        questions.append(Question(text, row_golds(row, where), source))
+        questions.append(Question(text, row_golds(row, where), source.removeprefix("searchR1_")))  # verl adds this
     if not questions:
         raise ValueError(f"{path} holds no question; give a file with at least one row.")
     return tuple(questions)
@@ -2378,7 +2386,7 @@ def result_passages(reply):
     try:
         entries = json.loads(reply)["result"][0]
         passages = [entry.get("document", entry)["contents"] for entry in entries]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the answer is not of the form {{\"result\": [[{{\"document\": {{\"contents\": ..}}}}]]}} "
                          f"({type(error).__name__})") from error
     if not all(isinstance(passage, str) for passage in passages):
@@ -2452,17 +2460,25 @@ def retrieve(corpus, request, topk):
 
 def search_server(corpus, host="127.0.0.1", port=8000, topk=3):
     """An HTTP server, bound and not yet started, that answers POST /retrieve by `retrieve`; port 0 takes a free one."""
+    if topk < 1:
+        raise ValueError(f"topk must be at least 1, not {topk}")
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 30                     # seconds for a client to send its request
+
         def do_POST(self):
             if self.path.rstrip("/") != "/retrieve":
                 return self.answer(404, {"error": f"There is nothing at {self.path}; post to /retrieve."})
+            size = self.headers.get("Content-Length", "")
+            if not size.isdecimal() or int(size) > REQUEST_LIMIT:
+                return self.answer(413, {"error": f"A request must tell its length, at most {REQUEST_LIMIT} bytes."})
             try:
-                size = int(self.headers.get("Content-Length", -1))
-                if not 0 <= size <= REQUEST_LIMIT:
-                    raise ValueError(f"The request needs a Content-Length of at most {REQUEST_LIMIT} bytes.")
-                self.answer(200, retrieve(corpus, json.loads(self.rfile.read(size)), topk))
-            except ValueError as error:  # a request that is no JSON as well
+                request = json.loads(self.rfile.read(int(size)))
+            except (ValueError, RecursionError) as error:
+                return self.answer(400, {"error": f"The request is no JSON: {error}."})
+            try:
+                self.answer(200, retrieve(corpus, request, topk))
+            except ValueError as error:
                 self.answer(400, {"error": str(error)})
 
         def do_GET(self):
@@ -2497,11 +2513,11 @@ class SearchQA(gymnasium.Env):
     `reset(options=)` takes {"split": "train" | "val", "task_id": int}. The first observation is the question. An answer
     ends the episode, with reward 1 if it is an exact match; it is truncated after `SEARCH_MAX_TURNS`. If a text holds
     several answers the last one counts, as in the original, but only those of the action, never those of documents.
-    An action without a block, like one before the last turn, costs a turn; its observation is empty. A search that
-    fails is shown as failed, warned of, and counted: `info` also has `error` (the last search's, or None) and
-    `retriever_errors` (of this episode).
+    An action without a block costs a turn, too; its observation is empty. A search that fails does not end the episode:
+    it is shown as failed, warned of, and counted. `info` also has `error` (the last action's, or None) and
+    `retriever_errors` (the episode's number of them).
 
-    State: question (a `Question`), observation, query (the last search, or None), turns, ended.
+    State: question (a `Question`), observation, query (the last search's, or None), turns, ended.
     Raises FileNotFoundError or ValueError for missing or malformed files, ValueError for impossible options of `reset`.
     """
     metadata = {"render_modes": []}
@@ -2556,7 +2572,7 @@ class SearchQA(gymnasium.Env):
             raise TypeError(f"A Search-QA action is a text such as '<search> Lisbon </search>', not "
                             f"{type(action).__name__}.")
         if self.ended:
-            raise gymnasium.error.ResetNeeded("There is no question, or it was answered: call reset before the step.")
+            raise gymnasium.error.ResetNeeded("No episode is running: call reset before the first step.")
         answers, queries = tagged_blocks(action, "answer"), tagged_blocks(action, "search")
         self.turns += 1
         self.observation, self.error, won = "", None, False
@@ -2574,7 +2590,7 @@ class SearchQA(gymnasium.Env):
         try:
             passages = self.retriever(query, self.topk)
             if not isinstance(passages, list) or not all(isinstance(passage, str) for passage in passages):
-                raise ValueError(f"the retriever must return a list of texts, not {passages!r:.60}")
+                raise ValueError("a retriever must return a list of texts")
         except (OSError, ValueError) as error:
             self.error = f"{type(error).__name__}: {error}"
             self.errors += 1
@@ -2746,17 +2762,18 @@ def element_relations(element):
 
 
 def one_hop_facts(countries, elements):
-    """Yields (relation, name in the question, golds, hops)."""
+    """Yields (relation, name, the same name, golds, hops): questions describe nothing."""
     for entity, relations in [(country, country_relations) for country in countries] + [
             (element, element_relations) for element in elements]:
         for relation, golds, text in relations(entity):
-            yield relation, entity.name, golds, ((entity.name, (text,)),)
+            yield relation, entity.name, entity.name, golds, ((entity.name, (text,)),)
     for country in countries:
-        yield "country", country.capital, country.golds, ((country.capital, (country.capital_text,)),)
+        capital = country.capital
+        yield "country", capital, capital, country.golds, ((capital, (country.capital_text,)),)
 
 
 def two_hop_facts(countries, elements):
-    """Yields (relation, name in the question, description with that name, golds, hops)."""
+    """Yields (relation, name, description that contains the name, golds, hops)."""
     for country in countries:
         by_capital = ("the country whose capital is {}", country.capital, country.capital_text)
         by_neighbour = [("the only neighbour of {}", other.name, other.text)
@@ -2778,9 +2795,10 @@ def mentions(text, golds):
 
 
 def is_answerable(question, top):
-    """Whether each search finds what it must, and the question neither holds the answer nor, with two hops, finds it.
+    """Whether its searches find what they must and the question gives nothing away.
 
-    top: query -> the three best passages.
+    It must not hold the answer (but for comparisons), and if it has two hops, a search for its own words must not find
+    a passage with the answer. top: query -> the three best passages.
     """
     if question.task_type == "two_hop" and any(mentions(passage, question.golds) for passage in top(question.text)):
         return False
@@ -2812,33 +2830,30 @@ def draw_comparisons(split, count, top):
     return list(drawn.values())
 
 
+def ask_facts(kind, facts, split, rng, top):
+    """The answerable questions for (relation, name, description, golds, hops): training asks in all wordings, but
+    validation in one, so that its questions are independent."""
+    questions = []
+    for relation, name, description, golds, hops in facts:
+        wordings = SEARCH_WORDINGS[relation]
+        for wording in wordings if split == "train" else [rng.choice(wordings)]:
+            questions.append(Question(wording.format(description), golds, kind, (name,), relation, hops))
+    return [question for question in questions if is_answerable(question, top)]
+
+
 @functools.lru_cache(maxsize=1)
 def search_questions():
-    """{split: questions}, the same in every process; the three types take turns, so each stretch has a third of each.
-
-    Training asks for a fact in all wordings, validation in one, so that its questions are independent.
-    """
+    """{split: questions}, the same in every process. The three types take turns: any stretch has a third of each."""
     top = functools.lru_cache(maxsize=None)(functools.partial(corpus_search, load_corpus(), topk=3))
     splits = {}
     for split in ("train", "val"):
-        rng, found = random.Random(f"questions {split}"), {"one_hop": [], "two_hop": []}
-
-        def add(kind, relation, name, phrase, golds, hops):
-            wordings = SEARCH_WORDINGS[relation]
-            for wording in wordings if split == "train" else [rng.choice(wordings)]:
-                question = Question(wording.format(phrase), golds, kind, (name,), relation, hops)
-                if is_answerable(question, top):
-                    found[kind].append(question)
-
-        for relation, name, golds, hops in one_hop_facts(*facts_of_split(split)):
-            add("one_hop", relation, name, name, golds, hops)
-        for fact in two_hop_facts(*facts_of_split(split)):
-            add("two_hop", *fact)
-        for questions in found.values():
-            rng.shuffle(questions)
-        count = min(map(len, found.values()))
-        kinds = [*found.values(), draw_comparisons(split, count, top)]
-        splits[split] = tuple(itertools.chain.from_iterable(zip(*kinds)))
+        rng, entities = random.Random(f"questions {split}"), facts_of_split(split)
+        one_hop = ask_facts("one_hop", one_hop_facts(*entities), split, rng, top)
+        two_hop = ask_facts("two_hop", two_hop_facts(*entities), split, rng, top)
+        rng.shuffle(one_hop)
+        rng.shuffle(two_hop)
+        comparisons = draw_comparisons(split, min(len(one_hop), len(two_hop)), top)
+        splits[split] = tuple(itertools.chain.from_iterable(zip(one_hop, two_hop, comparisons)))
     return splits
 
 
@@ -2894,11 +2909,11 @@ def _hops_done(env):
 # Search-QA: prompt
 # ---------------------------------------------------------------------------------------------------------------------
 
-def search_prompt(task, history, observation, admissible=None, skills=""):
-    """The user message of one turn.
+def search_prompt(task, history, observation, admissible, skills=""):
+    """The user message of one turn. admissible is not used: any words may be searched for.
 
     history: the last (observation, action) pairs, oldest first; of a pair with the observation "" only the action is
-    shown. An action that is no valid block is not shown as written: no text of the agent can make another tag.
+    shown. An action that is no valid block is not shown as written, so that no text of the agent adds a tag.
     """
     lines = ["You answer a question. Search for what you need to know, then answer."]
     if skills:

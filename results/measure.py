@@ -4,6 +4,7 @@
     python results/measure.py webshop            steps a second, loading
     python results/measure.py alfworld           steps a second, reset and parsing; players of the generated tasks;
                                                  its own engine beside ours if it is there (pip install alfworld)
+    python results/measure.py bm25               ranks beside bm25s and rank-bm25 (pip install bm25s rank-bm25)
     TRITON_INTERPRET=1 python results/measure.py liger       errors beside fused_linear_jsd (pip install liger-kernel)
     python results/measure.py curves RUN RUN ..  success on the panel of some finished runs; draws results/curve.png too
 
@@ -245,6 +246,46 @@ def alfworld_players(careless_limit=30):
     return {"generate_s": generating, "players": rows}
 
 
+def measure_bm25(shown=(3, 10)):
+    """Ranks and scores of every generated question over the embedded passages, beside two other BM25s.
+
+    All get the same terms, k1 and b; equal scores go by document number. rank-bm25 has its own idf, so it is given
+    Lucene's; its scores are k1 + 1 times as large, which moves no rank.
+    """
+    import math
+    from importlib.metadata import version
+
+    import bm25s
+    import numpy as np
+    from rank_bm25 import BM25Okapi
+    corpus, k1, b = envs.load_corpus(), 0.9, 0.4
+    terms = [envs.search_terms(passage) for passage in corpus.passages]
+    sparse = bm25s.BM25(method="lucene", k1=k1, b=b)
+    sparse.index(terms, show_progress=False)
+    okapi = BM25Okapi(terms, k1=k1, b=b)
+    frequency = {term: len(numbers) for term, (numbers, _) in corpus.postings.terms.items()}
+    okapi.idf = {term: math.log(1 + (len(terms) - df + 0.5) / (df + 0.5)) for term, df in frequency.items()}
+    others = {"bm25s": sparse.get_scores, "rank-bm25": lambda query: okapi.get_scores(query) / (k1 + 1)}
+    questions = [question.text for split in envs.search_questions().values() for question in split]
+    rows = []
+    for name, scores_of in others.items():
+        error, same = 0.0, dict.fromkeys(shown, 0)
+        for question in questions:
+            ours = envs.bm25_scores(corpus.postings, question).astype(float)
+            theirs = np.asarray(scores_of(envs.search_terms(question)), dtype=float)
+            error = max(error, float(np.abs(ours - theirs).max() / ours.max()))
+            for k in shown:
+                best = list(envs.bm25(corpus.postings, question, k))
+                same[k] += best == np.argsort(-theirs, kind="stable")[:len(best)].tolist()
+        rows.append({"package": name, "version": version(name), "largest_score_error": error}
+                    | {f"same_top{k}": same[k] for k in shown})
+        print(f"{name} {version(name)}: {len(questions)} questions, same ranks in "
+              + ", ".join(f"{same[k]} (top {k})" for k in shown)
+              + f"; scores differ by at most {error:.1e} of the best one")
+    return {"passages": len(terms), "questions": len(questions), "k1": k1, "b": b, "idf": "ln(1 + (N - df + 0.5) / "
+            "(df + 0.5))", "numpy": version("numpy"), "others": rows}
+
+
 def measure_liger(n=64, d=128, v=1064):
     """Errors against fp64 of a mean KL and its gradients, bf16, on the same inputs. On a CPU and in the interpreter."""
     import os
@@ -332,11 +373,11 @@ def measure_curves(*runs):
 
 
 def main():
-    what = {"step": measure_step, "webshop": measure_webshop, "alfworld": measure_alfworld, "liger": measure_liger,
-            "curves": measure_curves}
+    what = {"step": measure_step, "webshop": measure_webshop, "alfworld": measure_alfworld, "bm25": measure_bm25,
+            "liger": measure_liger, "curves": measure_curves}
     name, *arguments = sys.argv[1:] or [""]
     if name not in what or (name == "curves") != bool(arguments):
-        sys.exit("usage: python results/measure.py step | webshop | alfworld | liger | curves RUN RUN ..")
+        sys.exit("usage: python results/measure.py step | webshop | alfworld | bm25 | liger | curves RUN RUN ..")
     report = {"command": shlex.join(["python", "results/measure.py", *sys.argv[1:]]), "torch": torch.__version__,
               "python": platform.python_version(), "threads": torch.get_num_threads()}
     (HERE / f"{name}.json").write_text(json.dumps(report | what[name](*arguments), indent=1) + "\n")
