@@ -866,6 +866,14 @@ def pack_bundles(policy, bundles, teacher=False):
     return pack(prompts, [[row.response_ids for row in bundle] for bundle in bundles], policy.device)
 
 
+def pack_whole(policy, rows, prompt_weight):
+    """Rows whose prompts are predicted too, but for the first token -> (Pack, weight of each predicted token [N])."""
+    batch = pack([row.prompt_ids[:1] for row in rows], [[row.prompt_ids[1:] + row.response_ids] for row in rows],
+                 policy.device)
+    weight = [w for row in rows for w in [prompt_weight] * (len(row.prompt_ids) - 1) + [1.0] * len(row.response_ids)]
+    return batch, torch.tensor(weight, device=policy.device)
+
+
 def column(rows, name, device):
     """One number per response token [N] from the rows' lists, or from a scalar of the row."""
     values = (getattr(row, name) for row in rows)
@@ -1042,19 +1050,22 @@ def copy_rows(tokens, rng, apart, count=64, span=10):
     return rows
 
 
+EXERCISES = 0.2  # share of an untrained model's warm start that goes to copying random tokens
+
+
 def warm_start_rows(policy, cfg, arenas, step):
     """About cfg.sft_tokens tokens of demonstrations, an episode of each arena in turn.
 
-    An untrained model gets exercises first: in the first fifth of the steps it copies random tokens, first near, then
-    far; then short demonstrations come in, and longer ones until two fifths are over.
+    An untrained model gets exercises first: it copies random tokens, first near, then far; then short demonstrations
+    come in, and longer ones until two fifths of the steps are over.
     """
     rng = random.Random(f"{cfg.seed} demonstrations {step}")
     progress = step / cfg.sft_steps if cfg.model == "new" else 1.0
-    if progress < 0.2:
+    if progress < EXERCISES:
         tokenizer = policy.chat.tokenizer
         tokens = sorted(set(range(len(tokenizer))) - {alone for _, alone in spellings(tokenizer)})
         return copy_rows(tokens, rng, apart=8 + int(max(0, progress - 0.1) * 1000))
-    longest = 128 + (progress - 0.2) * 5 * cfg.max_prompt_tokens if progress < 0.4 else math.inf
+    longest = 192 + (progress - 0.2) * 5 * cfg.max_prompt_tokens if progress < 0.4 else math.inf
     rows, size = [], 0
     for arena in itertools.cycle(arenas):
         if size >= cfg.sft_tokens:
@@ -1065,8 +1076,13 @@ def warm_start_rows(policy, cfg, arenas, step):
 
 
 def warm_start_step(policy, optimizer, cfg, arenas, step):
-    """One optimiser step of likelihood on warm_start_rows -> metrics."""
-    if cfg.model == "new" and step == math.ceil(0.2 * cfg.sft_steps):  # the exercises are over, which move one spelling
+    """One optimiser step of likelihood on warm_start_rows -> metrics.
+
+    An untrained model predicts the prompts too, at a tenth of an answer's weight: pages repeat what they name, so that
+    there is much more to learn copying from than the few tokens of the answers.
+    """
+    exercises = math.ceil(EXERCISES * cfg.sft_steps)
+    if cfg.model == "new" and step == exercises:  # they are over, which move one spelling
         join_spellings(policy.model, policy.chat.tokenizer, cfg.seed)
     rows = warm_start_rows(policy, cfg, arenas, step)
     size = sum(len(row.prompt_ids) + len(row.response_ids) for row in rows)
@@ -1074,11 +1090,15 @@ def warm_start_step(policy, optimizer, cfg, arenas, step):
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for bundles in micro_batches(rows, cfg.micro_tokens):
-        batch = pack_bundles(policy, bundles)
+        if cfg.model == "new" and step >= exercises:
+            batch, weight = pack_whole(policy, list(itertools.chain(*bundles)), prompt_weight=0.1)
+        else:
+            batch = pack_bundles(policy, bundles)
+            weight = torch.ones(len(batch.targets), device=policy.device)
         logp, _ = kernels.fused_logprob(*head_inputs(policy, policy.model, batch), batch.targets)
-        loss = -logp.sum() / num_tokens
+        loss = -(weight * logp).sum() / num_tokens
         loss.backward()
-        total += loss.item()
+        total -= logp.detach()[weight == 1].sum().item() / num_tokens
     progress = step / cfg.sft_steps
     lr = cfg.sft_lr * min(1, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * progress))
     norm = optimizer_step(policy.model, optimizer, lr, cfg)
@@ -1106,7 +1126,7 @@ def new_model(cfg, vocabulary=2048, episodes=1500):
     tags = [f"<{slash}{name}>" for name in names for slash in ("", "/")]
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
     tokenizer.chat_template = CHATML
-    size = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+    size = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
                 num_key_value_heads=2)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), max_position_embeddings=4096, tie_word_embeddings=True, use_sliding_window=False,
