@@ -45,7 +45,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -1050,14 +1050,48 @@ def copy_rows(tokens, rng, apart, count=64, span=10):
     return rows
 
 
+class Words:
+    """The words of an untrained model's tokenizer: a word is its tokens with and without a blank before it.
+
+    common: those in more than a tenth of the prompts, from which all that is written is made.
+    """
+
+    def __init__(self, chat, arenas, sample=300):
+        pairs = spellings(chat.tokenizer)
+        self.of = {number: pair for pair in pairs for number in pair}  # token -> its word
+        single = set(range(len(chat.tokenizer))) - self.of.keys() - chat.tokenizer.added_tokens_decoder.keys()
+        self.others = {2: pairs, 1: [(number,) for number in sorted(single)]}  # by their number of spellings
+        rng = random.Random(0)
+        rows = [row for arena in itertools.islice(itertools.cycle(arenas), sample)
+                for row in demonstrations(chat, arena, rng)]
+        count = Counter(word for row in rows for word in self.words(row.prompt_ids))
+        self.common = {word for word, number in count.items() if number > len(rows) / 10}
+
+    def words(self, ids):
+        return {self.of.get(number, (number,)) for number in ids}
+
+    def exchange(self, row, rng):
+        """The row with each rarer word that its answer copies from the prompt exchanged, everywhere, for another one.
+
+        What a word means cannot help there, only where it stands: so copying is learned by place, and does not stop at
+        names that were never met.
+        """
+        copied = sorted(self.words(row.response_ids) & self.words(row.prompt_ids) - self.common)
+        other = {old: new for word in copied for old, new in zip(word, rng.choice(self.others[len(word)]))}
+        prompt, response = (tuple(other.get(number, number) for number in ids)
+                            for ids in (row.prompt_ids, row.response_ids))
+        return dataclasses.replace(row, prompt_ids=prompt, response_ids=response)
+
+
 EXERCISES = 0.2  # share of an untrained model's warm start that goes to copying random tokens
 
 
-def warm_start_rows(policy, cfg, arenas, step):
+def warm_start_rows(policy, cfg, arenas, words, step):
     """About cfg.sft_tokens tokens of demonstrations, an episode of each arena in turn.
 
-    An untrained model gets exercises first: it copies random tokens, first near, then far; then short demonstrations
-    come in, and longer ones until two fifths of the steps are over.
+    An untrained model, which alone has `words`, gets exercises first: it copies random tokens, first near, then far;
+    then short demonstrations come in, and longer ones until two fifths of the steps are over. In half of them words
+    are exchanged.
     """
     rng = random.Random(f"{cfg.seed} demonstrations {step}")
     progress = step / cfg.sft_steps if cfg.model == "new" else 1.0
@@ -1069,13 +1103,13 @@ def warm_start_rows(policy, cfg, arenas, step):
     rows, size = [], 0
     for arena in itertools.cycle(arenas):
         if size >= cfg.sft_tokens:
-            return rows
+            return [words.exchange(row, rng) if words and rng.random() < 0.5 else row for row in rows]
         episode = [row for row in demonstrations(policy.chat, arena, rng) if len(row.prompt_ids) <= longest]
         rows += episode
         size += sum(len(row.prompt_ids) + len(row.response_ids) for row in episode)
 
 
-def warm_start_step(policy, optimizer, cfg, arenas, step):
+def warm_start_step(policy, optimizer, cfg, arenas, words, step):
     """One optimiser step of likelihood on warm_start_rows -> metrics.
 
     An untrained model predicts the prompts too, at a tenth of an answer's weight: pages repeat what they name, so that
@@ -1084,7 +1118,7 @@ def warm_start_step(policy, optimizer, cfg, arenas, step):
     exercises = math.ceil(EXERCISES * cfg.sft_steps)
     if cfg.model == "new" and step == exercises:  # they are over, which move one spelling
         join_spellings(policy.model, policy.chat.tokenizer, cfg.seed)
-    rows = warm_start_rows(policy, cfg, arenas, step)
+    rows = warm_start_rows(policy, cfg, arenas, words, step)
     size = sum(len(row.prompt_ids) + len(row.response_ids) for row in rows)
     num_tokens = sum(len(row.response_ids) for row in rows)
     optimizer.zero_grad(set_to_none=True)
@@ -1449,10 +1483,11 @@ def step_line(cfg, step, m):
 
 def warm_start(policy, optimizer, cfg, log, first, reached):
     arenas = warm_start_arenas(cfg)
+    words = Words(policy.chat, arenas) if cfg.model == "new" else None
     for step in range(first, cfg.sft_steps):
         start = time.perf_counter()
         with uninterrupted():
-            metrics = warm_start_step(policy, optimizer, cfg, arenas, step)
+            metrics = warm_start_step(policy, optimizer, cfg, arenas, words, step)
             seconds = time.perf_counter() - start
             log("sft", step + 1, metrics | {"time/step": seconds}, f"warm start {step + 1:4d}/{cfg.sft_steps}  "
                 f"loss {metrics['sft/loss']:.4f}  {metrics['sft/tokens'] / seconds:.0f} tokens/s")

@@ -1048,7 +1048,7 @@ def test_cloning_lowers_the_experts_loss(policy, skills):
     cfg = config(sft_steps=200, sft_tokens=3000, sft_lr=5e-3, max_grad_norm=1.0)
     arenas = [sdar.Arena(cfg, sdar.make_env(cfg), skills)]
     optimizer = sdar.make_optimizer(moving.model, cfg.lr, cfg)
-    losses = [sdar.warm_start_step(moving, optimizer, cfg, arenas, 50)["sft/loss"] for _ in range(6)]  # one batch
+    losses = [sdar.warm_start_step(moving, optimizer, cfg, arenas, None, 50)["sft/loss"] for _ in range(6)]  # one batch
     assert losses[-1] < 0.8 * losses[0]
 
 
