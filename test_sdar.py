@@ -953,6 +953,58 @@ def test_copying_exercises_repeat_a_stretch_of_the_prompt():
         assert any(row.prompt_ids[i : i + len(stretch)] == stretch for i in starts) and len(row.response_ids) >= 1
 
 
+@pytest.fixture(scope="module")
+def lessons(untrained):
+    """(chat, arenas, words) of a new model's warm start."""
+    chat = sdar.Chat(untrained[1])
+    arenas = sdar.warm_start_arenas(sdar.make_config({"model": "new", "sft_steps": 10, "sft_careless": 0.5}))
+    return chat, arenas, sdar.Words(chat, arenas, sample=60)
+
+
+def test_exchanged_words_are_the_same_ones_in_prompt_and_answer_and_all_else_stays(lessons):
+    chat, arenas, words = lessons
+    rng, changed = random.Random(0), 0
+    rows = [row for arena in arenas for _ in range(10) for row in sdar.demonstrations(chat, arena, rng)]
+    for row in rows:
+        new = words.exchange(row, rng)
+        before, after = row.prompt_ids + row.response_ids, new.prompt_ids + new.response_ids
+        assert len(row.prompt_ids) == len(new.prompt_ids) and len(before) == len(after)
+        other = dict(zip(before, after))
+        assert tuple(other[number] for number in before) == after  # one token always becomes the same one
+        moved = {number for number, to in other.items() if number != to}
+        copied = words.words(row.response_ids) & words.words(row.prompt_ids)
+        assert words.words(moved) <= copied - words.common
+        assert all(other[a] in words.of and words.of[other[a]] == words.of[other[b]]
+                   for a, b in words.of.values() if {a, b} <= moved)
+        changed += bool(moved)
+    assert changed > len(rows) / 4 and not moved & set(chat.tokenizer.added_tokens_decoder)
+
+
+def test_what_prompts_are_made_of_is_common_and_what_tasks_name_is_not(lessons):
+    chat, _, words = lessons
+    common = {chat.tokenizer.decode([number]).strip() for word in words.common for number in word}
+    assert {"Task", "go", "click", "1", "search"} <= common
+    assert not {"spatula", "laptop", "lavender"} & common
+
+
+def test_a_whole_row_is_predicted_from_its_first_token_on_with_prompts_at_a_tenth(policy, lessons):
+    rows = [sdar.Row((5, 6, 7), (), (8, 9), 1.0), sdar.Row((5, 6), (), (9,), 1.0)]
+    batch, weight = sdar.pack_whole(policy, rows, prompt_weight=0.1)
+    assert batch.targets.tolist() == [6, 7, 8, 9, 6, 9]
+    assert weight.tolist() == pytest.approx([0.1, 0.1, 1, 1, 0.1, 1])
+    with torch.no_grad():
+        logp, _ = fused_logprob(*sdar.head_inputs(policy, policy.model, batch), batch.targets)
+    own = torch.cat([own_logp(policy.model, row.prompt_ids[:1], row.prompt_ids[1:] + row.response_ids) for row in rows])
+    assert torch.allclose(logp, own, atol=1e-5)
+
+
+def test_random_moves_end_nothing_and_have_no_words_to_fill_in():
+    rng = random.Random(0)
+    assert envs.random_move(None, rng) is envs.random_move(["search[<words>]", "click[buy now]", "help"], rng) is None
+    assert {envs.random_move(["help", "look", "search[<words>]", "go to bed 1"], rng) for _ in range(40)} == {
+        "look", "go to bed 1"}
+
+
 def test_careful_demonstrations_hold_the_skills_and_careless_ones_do_not(policy, skills):
     env, rng = envs.make("webshop"), random.Random(0)
     seen = collections.Counter()
@@ -1186,18 +1238,18 @@ def test_alfworlds_official_layout_is_trained_on_through_data(model_folder, tmp_
             (folder / "traj_data.json").write_text(json.dumps({"task_type": name.split("-")[0]}))
     run = tmp_path / "run"
     assert sdar.main(flags(model_folder, run, env="alfworld", data=tmp_path, steps=1, eval_every=1)) == 0
-    assert {"eval/success/pick_heat_then_place_in_recep", "eval/success/pick_two_obj_and_place"} <= lines_of(run)[0].keys()
+    kinds = {key.removeprefix("eval/success/") for key in lines_of(run)[0] if key.startswith("eval/success/")}
+    assert kinds == {"pick_heat_then_place_in_recep", "pick_two_obj_and_place"}
     assert not same(weights_of(run / "checkpoint-1"), weights_of(run / "checkpoint-0"))
 
 
-def test_a_retriever_that_is_down_is_counted_in_every_line_and_loses_no_step(model_folder, tmp_path, monkeypatch, capsys):
+def test_a_retriever_that_is_down_is_counted_and_loses_no_step(model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(envs.Retriever.__init__.__kwdefaults__, "pause", 0.0)
     monkeypatch.setitem(envs.PARSERS, "search", lambda text, official=False: ("<search> lisbon </search>", True))
     run = tmp_path / "run"
     with pytest.warns(RuntimeWarning, match="127.0.0.1"):
-        assert sdar.main(
-            without_flag(flags(model_folder, run, env="search", retriever="http://127.0.0.1:9", steps=1, eval_every=0),
-                    "--eval_tasks")) == 0
+        arguments = flags(model_folder, run, env="search", retriever="http://127.0.0.1:9", steps=1, eval_every=0)
+        assert sdar.main(without_flag(arguments, "--eval_tasks")) == 0
     (step,) = lines_of(run)
     assert step["rollout/errors"] == 12 and "errors 12" in capsys.readouterr().out
 
@@ -1231,6 +1283,12 @@ def make_file(path):
     return path
 
 
+def make_questions(folder):
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"question": "x?", "golden_answers": ["y"]}\n')
+    return folder
+
+
 # name: (flags of a good run that are replaced, what the sentence must name); t: an empty folder, m: a good model
 BAD_INPUT = {
     "unknown environment": lambda t, m: ({"env": "chess"}, "--env 'chess'"),
@@ -1246,6 +1304,11 @@ BAD_INPUT = {
     "model without weights": lambda t, m: ({"model": edited_model(m, t / "empty", drop=("model.safetensors",))},
                                            "empty"),
     "untrained model": lambda t, m: ({"model": "new"}, "--sft_steps"),
+    "retriever that nothing asks": lambda t, m: ({"retriever": "http://127.0.0.1:9"}, "webshop searches nothing"),
+    "retriever without a scheme": lambda t, m: ({"env": "search", "retriever": "127.0.0.1"}, "http://127.0.0.1:8000"),
+    "questions without a retriever": lambda t, m: (
+        {"env": "search", "data": make_questions(t / "rows")}, "no corpus.jsonl"),
+    "games without a folder": lambda t, m: ({"env": "alfworld", "data": t / "houses"}, "houses"),
     "missing data": lambda t, m: ({"data": t / "shelf"}, "shelf"),
     "malformed products": lambda t, m: ({"data": data_folder(t / "shelf", "[{")}, "items_shuffle.json"),
     "product without a field": lambda t, m: (
@@ -3706,6 +3769,9 @@ def test_facts_are_symmetric_and_passages_short_plain_and_without_a_leading_answ
     assert all(name in borders[other] for name, others in borders.items() for other in others)
     assert [element.number for element in elements] == list(range(1, 119))
     assert len({element.symbol for element in elements}) == 118 and len(countries) > 190
+    for entry in json.loads(envs.FACTS.read_text(encoding="utf-8"))["countries"]:
+        for text in [entry["name"], entry["capital"], entry["currency"], *entry["languages"]]:
+            assert len(envs.plain(text)) == len(text), f"{text} loses a letter in ASCII"
     for title, passage in envs.fact_passages():
         assert passage.isascii() and passage.startswith(f'"{title}"\nThe ') and len(passage) < 450
     texts = [passage for _, passage in envs.fact_passages()]
