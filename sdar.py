@@ -866,14 +866,6 @@ def pack_bundles(policy, bundles, teacher=False):
     return pack(prompts, [[row.response_ids for row in bundle] for bundle in bundles], policy.device)
 
 
-def pack_whole(policy, rows, prompt_weight):
-    """Rows whose prompts are predicted too, but for the first token -> (Pack, weight of each predicted token [N])."""
-    batch = pack([row.prompt_ids[:1] for row in rows], [[row.prompt_ids[1:] + row.response_ids] for row in rows],
-                 policy.device)
-    weight = [w for row in rows for w in [prompt_weight] * (len(row.prompt_ids) - 1) + [1.0] * len(row.response_ids)]
-    return batch, torch.tensor(weight, device=policy.device)
-
-
 def column(rows, name, device):
     """One number per response token [N] from the rows' lists, or from a scalar of the row."""
     values = (getattr(row, name) for row in rows)
@@ -1038,54 +1030,6 @@ def demonstrations(chat, arena, rng):
     return rows
 
 
-def copy_rows(tokens, rng, apart, count=64, span=10):
-    """Rows whose prompt ends with the first token of a random stretch seen before; the response is the rest of it."""
-    def draw(low, high):
-        return tuple(rng.choices(tokens, k=rng.randint(low, high)))
-
-    rows = []
-    for _ in range(count):
-        stretch = draw(2, span)
-        rows.append(Row(draw(0, apart) + stretch + draw(0, apart) + stretch[:1], (), stretch[1:], 1.0))
-    return rows
-
-
-class Words:
-    """The words of an untrained model's tokenizer: a word is its tokens with and without a blank before it.
-
-    common: those in more than a tenth of the prompts, from which all that is written is made.
-    """
-
-    def __init__(self, chat, arenas, sample=300):
-        pairs = spellings(chat.tokenizer)
-        self.of = {number: pair for pair in pairs for number in pair}  # token -> its word
-        single = set(range(len(chat.tokenizer))) - self.of.keys() - chat.tokenizer.added_tokens_decoder.keys()
-        self.others = {2: pairs, 1: [(number,) for number in sorted(single)]}  # by their number of spellings
-        rng = random.Random(0)
-        rows = [row for arena in itertools.islice(itertools.cycle(arenas), sample)
-                for row in demonstrations(chat, arena, rng)]
-        count = Counter(word for row in rows for word in self.words(row.prompt_ids))
-        self.common = {word for word, number in count.items() if number > len(rows) / 10}
-
-    def words(self, ids):
-        return {self.of.get(number, (number,)) for number in ids}
-
-    def exchange(self, row, rng):
-        """The row with each rarer word that its answer copies from the prompt exchanged, everywhere, for another one.
-
-        What a word means cannot help there, only where it stands: so copying is learned by place, and does not stop at
-        names that were never met.
-        """
-        copied = sorted(self.words(row.response_ids) & self.words(row.prompt_ids) - self.common)
-        other = {old: new for word in copied for old, new in zip(word, rng.choice(self.others[len(word)]))}
-        prompt, response = (tuple(other.get(number, number) for number in ids)
-                            for ids in (row.prompt_ids, row.response_ids))
-        return dataclasses.replace(row, prompt_ids=prompt, response_ids=response)
-
-
-EXERCISES = 0.2  # share of an untrained model's warm start that goes to copying random tokens
-
-
 def warm_start_rows(policy, cfg, arenas, words, step):
     """About cfg.sft_tokens tokens of demonstrations, an episode of each arena in turn.
 
@@ -1137,6 +1081,65 @@ def warm_start_step(policy, optimizer, cfg, arenas, words, step):
     lr = cfg.sft_lr * min(1, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * progress))
     norm = optimizer_step(policy.model, optimizer, lr, cfg)
     return {"sft/loss": total, "sft/grad_norm": norm, "sft/tokens": size}
+
+
+# --------------------------------------------------------------------------------------------------- the embedded model
+# Only `--model new` needs what follows. A model of a million parameters learns to copy late, and nothing works without.
+
+EXERCISES = 0.2  # share of an untrained model's warm start that goes to copying random tokens
+
+
+def copy_rows(tokens, rng, apart, count=64, span=10):
+    """Rows whose prompt ends with the first token of a random stretch seen before; the response is the rest of it."""
+    def draw(low, high):
+        return tuple(rng.choices(tokens, k=rng.randint(low, high)))
+
+    rows = []
+    for _ in range(count):
+        stretch = draw(2, span)
+        rows.append(Row(draw(0, apart) + stretch + draw(0, apart) + stretch[:1], (), stretch[1:], 1.0))
+    return rows
+
+
+class Words:
+    """The words of an untrained model's tokenizer: a word is its tokens with and without a blank before it.
+
+    common: those in more than a tenth of the prompts, from which all that is written is made.
+    """
+
+    def __init__(self, chat, arenas, sample=300):
+        pairs = spellings(chat.tokenizer)
+        self.of = {number: pair for pair in pairs for number in pair}  # token -> its word
+        single = set(range(len(chat.tokenizer))) - self.of.keys() - chat.tokenizer.added_tokens_decoder.keys()
+        self.others = {2: pairs, 1: [(number,) for number in sorted(single)]}  # by their number of spellings
+        rng = random.Random(0)
+        rows = [row for arena in itertools.islice(itertools.cycle(arenas), sample)
+                for row in demonstrations(chat, arena, rng)]
+        count = Counter(word for row in rows for word in self.words(row.prompt_ids))
+        self.common = {word for word, number in count.items() if number > len(rows) / 10}
+
+    def words(self, ids):
+        return {self.of.get(number, (number,)) for number in ids}
+
+    def exchange(self, row, rng):
+        """The row with each rarer word that its answer copies from the prompt exchanged, everywhere, for another one.
+
+        What a word means cannot help there, only where it stands: so copying is learned by place, and does not stop at
+        names that were never met.
+        """
+        copied = sorted(self.words(row.response_ids) & self.words(row.prompt_ids) - self.common)
+        other = {old: new for word in copied for old, new in zip(word, rng.choice(self.others[len(word)]))}
+        prompt, response = (tuple(other.get(number, number) for number in ids)
+                            for ids in (row.prompt_ids, row.response_ids))
+        return dataclasses.replace(row, prompt_ids=prompt, response_ids=response)
+
+
+def pack_whole(policy, rows, prompt_weight):
+    """Rows whose prompts are predicted too, but for the first token -> (Pack, weight of each predicted token [N])."""
+    batch = pack([row.prompt_ids[:1] for row in rows], [[row.prompt_ids[1:] + row.response_ids] for row in rows],
+                 policy.device)
+    weight = [w for row in rows for w in [prompt_weight] * (len(row.prompt_ids) - 1) + [1.0] * len(row.response_ids)]
+    return batch, torch.tensor(weight, device=policy.device)
 
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
