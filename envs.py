@@ -2517,7 +2517,7 @@ class SearchQA(gymnasium.Env):
     it is shown as failed, warned of, and counted. `info` also has `error` (the last action's, or None) and
     `retriever_errors` (the episode's number of them).
 
-    State: question (a `Question`), observation, query (the last search's, or None), turns, ended.
+    State: question (a `Question`), goal (its accepted answers), observation, query (the last search's, or None), turns, ended.
     Raises FileNotFoundError or ValueError for missing or malformed files, ValueError for impossible options of `reset`.
     """
     metadata = {"render_modes": []}
@@ -2563,6 +2563,7 @@ class SearchQA(gymnasium.Env):
             raise ValueError(
                 f"Question {task_id!r} is not in split {split!r}; it must be a number from 0 to {len(questions) - 1}.")
         self.question, self.task_id = questions[task_id], int(task_id)
+        self.goal = list(self.question.golds)
         self.observation, self.query, self.turns, self.ended = self.question.text, None, 0, False
         self.error, self.errors = None, 0
         return self.observation, self._info(valid=True, won=False)

@@ -1187,6 +1187,20 @@ def test_a_program_stopped_by_ctrl_c_exits_with_130_and_says_where_it_saved(mode
 
 # ------------------------------------------------------------------------------------------------- all the environments
 
+@pytest.mark.parametrize("name", ["WebShop", "ALFWorld", "SearchQA"])
+def test_gymnasium_accepts_every_environment_and_repeated_seeds_start_a_group_alike(name):
+    check_env(gymnasium.make(f"sdar/{name}-v0").unwrapped, skip_render_check=True)
+    group = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make(f"sdar/{name}-v0")] * 4)
+    texts, infos = group.reset(seed=[3, 3, 4, 4])
+    assert texts[0] == texts[1] != texts[2] == texts[3]
+    ids, types = infos["task_id"].tolist(), infos["task_type"].tolist()
+    assert ids[:2] == [ids[0]] * 2 and ids[2:] == [ids[2]] * 2 and types[0] == types[1] and ids[0] != ids[2]
+    moves = {"WebShop": "search[lamp]", "ALFWorld": "look", "SearchQA": "<search> Lisbon </search>"}
+    texts, _, _, _, infos = group.step([moves[name]] * 3 + ["no action"])
+    assert texts[0] == texts[1] and infos["valid"].tolist() == [True, True, True, False]
+    group.close()
+
+
 def test_each_environment_brings_its_papers_settings_and_those_of_the_embedded_model():
     turns = {env: [sdar.make_config({"env": env, "model": model}).max_turns for model in ("m", "tiny")]
              for env in envs.ENVIRONMENTS}
@@ -3135,12 +3149,6 @@ def test_there_are_short_skills_for_every_type_of_household_task():
         assert len((folder / f"{kind}.md").read_text().split()) <= 30
 
 
-def test_gymnasium_accepts_generated_household_tasks_and_a_group_starts_alike():
-    check_env(envs.ALFWorld(), skip_render_check=True)
-    group = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make("sdar/ALFWorld-v0")] * 4)
-    texts, infos = group.reset(seed=[3, 3, 4, 4])
-    assert texts[0] == texts[1] != texts[2] == texts[3] and list(infos["task_id"][:2]) == [infos["task_id"][0]] * 2
-    group.close()
 # =================================================================================================== envs.py: Search-QA
 
 @pytest.fixture(scope="module")
@@ -3313,14 +3321,6 @@ def test_search_qa_keeps_the_gymnasium_interface():
     observation, info = env.reset(seed=3)
     assert observation in env.observation_space and env.reset(seed=3)[0] == observation
     assert info["task_type"] in env.unwrapped.task_types == envs.SEARCH_TYPES
-
-
-def test_copies_of_a_question_by_repeated_seeds():
-    vector = gymnasium.vector.SyncVectorEnv([envs.SearchQA] * 4)
-    questions, _ = vector.reset(seed=[3, 3, 4, 4])
-    assert questions[0] == questions[1] != questions[2] == questions[3]
-    seen, _, _, _, infos = vector.step(["<search> Lisbon </search>"] * 2 + ["<search> iron </search>", "x"])
-    assert seen[0] == seen[1] != seen[2] and seen[3] == "" and infos["valid"].tolist() == [True, True, True, False]
 
 
 # ------------------------------------------------------------------------------------------------ nothing can be forged
@@ -3971,10 +3971,13 @@ def test_a_panel_hash_changes_with_every_part_of_a_task():
     assert len({known, *others}) == 6
 
 
-def test_a_panel_hash_is_the_same_in_another_process():
-    cfg = sdar.make_config({"model": "tiny", "eval_tasks": 3})
+@pytest.mark.parametrize("name", list(envs.ENVIRONMENTS))
+def test_a_panel_hash_is_the_same_in_another_process(name):
+    cfg = sdar.make_config({"model": "tiny", "eval_tasks": 3, "env": name})
     here = evaluation.panel_hash(sdar.make_env(cfg), sdar.panel_tasks(cfg, sdar.make_env(cfg)))
-    code = ("import eval, sdar; cfg = sdar.make_config({'model': 'tiny', 'eval_tasks': 3}); env = sdar.make_env(cfg); "
+    code = ("import eval, sdar\n"
+            f"cfg = sdar.make_config({{'model': 'tiny', 'eval_tasks': 3, 'env': {name!r}}})\n"
+            "env = sdar.make_env(cfg)\n"
             "print(eval.panel_hash(env, sdar.panel_tasks(cfg, env)))")
     there = subprocess.run([sys.executable, "-c", code], cwd=Path(evaluation.__file__).parent, capture_output=True,
                            text=True, env=os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"})
