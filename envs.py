@@ -2517,7 +2517,8 @@ class SearchQA(gymnasium.Env):
     it is shown as failed, warned of, and counted. `info` also has `error` (the last action's, or None) and
     `retriever_errors` (the episode's number of them).
 
-    State: question (a `Question`), goal (its accepted answers), observation, query (the last search's, or None), turns, ended.
+    State: question (a `Question`), goal (its accepted answers), observation, query (the last search's, or None), turns,
+    ended.
     Raises FileNotFoundError or ValueError for missing or malformed files, ValueError for impossible options of `reset`.
     """
     metadata = {"render_modes": []}
