@@ -1112,11 +1112,10 @@ def webshop_prompt(task: str, history: list, observation: str, admissible: list[
     lines = ["You shop online. Find what the task asks for and buy it."]
     if skills:
         lines += ["Skills:", skills.strip()]
-    lines.append(f"Task: {task}")
     if history:
         lines.append("Last steps:")
         lines += [f"- on: {webshop_page(seen, [])}\n  {action}" if seen else f"- {action}" for seen, action in history]
-    lines += ["Page:", webshop_page(observation, admissible),
+    lines += ["Page:", webshop_page(observation, admissible), f"Task: {task}",
               "Think in <think> </think>, then act in <action> </action>: search[words], or click[label] with a label "
               "in brackets."]
     return "\n".join(lines)
@@ -2155,12 +2154,11 @@ def alfworld_prompt(task: str, history: list, observation: str, admissible: list
     lines = ["You do a task in a house."]
     if skills:
         lines += ["Skills:", skills.strip()]
-    lines.append(f"Task: {task}")
     if history:
         lines.append("Last steps:")
         lines += [f"- on: {scene(seen)}\n  {action}" if seen else f"- {action}" for seen, action in history]
     commands = ", ".join(command for command in admissible if command != "help")
-    lines += [f"Now: {scene(observation)}", f"Commands: {commands}",
+    lines += [f"Now: {scene(observation)}", f"Commands: {commands}", f"Task: {task}",
               "Think in <think> </think>, then act in <action> </action>: one of the commands."]
     return "\n".join(lines)
 
@@ -2920,7 +2918,6 @@ def search_prompt(task, history, observation, admissible, skills=""):
     lines = ["You answer a question. Search for what you need to know, then answer."]
     if skills:
         lines += ["Skills:", skills.strip()]
-    lines.append(f"Question: {task}")
     steps = []
     for seen, action in history:
         steps += [seen.strip()] if seen and seen != task else []
@@ -2929,6 +2926,7 @@ def search_prompt(task, history, observation, admissible, skills=""):
         lines += ["Last steps:", *steps]
     if observation and observation != task:
         lines += ["Found:", observation.strip()]
+    lines.append(f"Question: {task}")
     lines.append("Think in <think> </think>, then act: <search> words </search>, or <answer> short answer </answer>.")
     return "\n".join(lines)
 
