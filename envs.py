@@ -2926,8 +2926,8 @@ def search_prompt(task, history, observation, admissible, skills=""):
         lines += ["Last steps:", *steps]
     if observation and observation != task:
         lines += ["Found:", observation.strip()]
-    lines.append(f"Question: {task}")
-    lines.append("Think in <think> </think>, then act: <search> words </search>, or <answer> short answer </answer>.")
+    lines += [f"Question: {task}",
+              "Think in <think> </think>, then act: <search> words </search>, or <answer> short answer </answer>."]
     return "\n".join(lines)
 
 
