@@ -2936,6 +2936,7 @@ def search_prompt(task, history, observation, admissible, skills=""):
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENTS = {"webshop": WebShop, "alfworld": ALFWorld, "search": SearchQA}
+MAX_TURNS = {"webshop": WEBSHOP_MAX_STEPS, "alfworld": ALFWORLD_MAX_STEPS, "search": SEARCH_MAX_TURNS}
 # (task, history, observation, admissible, skills) -> user message of a turn
 PROMPTS = {"webshop": webshop_prompt, "alfworld": alfworld_prompt, "search": search_prompt}
 PARSERS = {"webshop": parse_webshop, "alfworld": parse_alfworld, "search": parse_search}

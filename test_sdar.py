@@ -1322,6 +1322,7 @@ BAD_INPUT = {
     "retriever without a scheme": lambda t, m: ({"env": "search", "retriever": "127.0.0.1"}, "http://127.0.0.1:8000"),
     "questions without a retriever": lambda t, m: (
         {"env": "search", "data": make_questions(t / "rows")}, "no corpus.jsonl"),
+    "more turns than the environment plays": lambda t, m: ({"max_turns": 16}, "--max_turns 16"),
     "games without a folder": lambda t, m: ({"env": "alfworld", "data": t / "houses"}, "houses"),
     "missing data": lambda t, m: ({"data": t / "shelf"}, "shelf"),
     "malformed products": lambda t, m: ({"data": data_folder(t / "shelf", "[{")}, "items_shuffle.json"),
