@@ -2010,7 +2010,8 @@ def alfworld_habit(env, rng: random.Random) -> tuple[str, str]:
 
 
 def _keep_house(env, careless) -> tuple[str, str]:
-    """Thoughts of a careful and a careless decision begin with different words."""
+    """A thought first names what the decision is about, as it stands in the task: that makes the decision easy to read
+    off the page. Those of a careful and a careless decision differ."""
     errand, held = read_errand(env.game), held_object(env.game, env.facts)
     if held is None:
         return _find_thing(env, errand, careless)
@@ -2042,14 +2043,14 @@ def _find_thing(env, errand, careless):
             return "all is done", "look"
     takes = [_command(env, "take", *found) for found in seen if found[1] not in full]
     if takes:
-        return f"take the {kind}", min(takes)
+        return f"{kind}: take it", min(takes)
     closed = [place for place in here if not is_accessible(game, facts, place) and place not in full]
     if closed and not careless("skip_closed"):
-        return "open to see inside", _command(env, "open", closed[0])
+        return f"{kind}: open this", _command(env, "open", closed[0])
     homes = ALFWORLD_HOMES.get(kind, [])
     places = [place for place, _ in game.places if place not in full]
     action = _go_on(env, places, lambda place: (place in errand.places, *_rank(game, place, homes)))
-    return "skip closed ones" if closed else f"search for {kind}", action
+    return f"{kind}: {'pass by' if closed else 'search on'}", action
 
 
 def _find_lamp(env, errand, held, careless):
@@ -2059,9 +2060,10 @@ def _find_lamp(env, errand, held, careless):
         return "just examine it", _command(env, "examine", held)
     kind = game.names[min(errand.lamps)].split()[0]
     if lamps:
-        return f"turn on the {kind}", _command(env, "use", lamps[0])
+        return f"{kind}: turn it on", _command(env, "use", lamps[0])
     homes = ALFWORLD_HOMES.get(kind, [])
-    return f"find the {kind}", _go_on(env, [place for place, _ in game.places], lambda place: _rank(game, place, homes))
+    places = [place for place, _ in game.places]
+    return f"{kind}: search on", _go_on(env, places, lambda place: _rank(game, place, homes))
 
 
 def _treat_first(env, verb, held):
@@ -2074,11 +2076,12 @@ def _treat_first(env, verb, held):
 
 def _bring(env, held, place):
     """Put what is held into a receptacle: the next step to it."""
+    kind, _ = _kind_number(env.game, place)
     if place not in _here(env):
-        return "bring it there", _go(env, place)
+        return f"{kind}: go there", _go(env, place)
     if not is_accessible(env.game, env.facts, place):
-        return "open it first", _command(env, "open", place)
-    return "place it there", _command(env, "put", held, place)
+        return f"{kind}: open it", _command(env, "open", place)
+    return f"{kind}: place it", _command(env, "put", held, place)
 
 
 def _put_back(env, held):
@@ -2878,14 +2881,14 @@ def search_habit(env, rng):
 
 
 def _search_or_answer(env, careless):
-    """Thoughts of a careful and a careless decision begin with different words."""
+    """Thoughts of a careful and a careless decision differ from the first word on."""
     question = env.question
     if not question.hops:
         raise ValueError(f"No scripted player can answer the official question {question.text!r:.60}; demonstrations "
                          "exist for generated questions only: leave data out.")
     done = _hops_done(env)
     if done == len(question.hops):
-        return "the page says so", tagged("answer", question.golds[0])
+        return _finding(question), tagged("answer", question.golds[0])
     if done:
         name = question.hops[done][0]
         if careless("stop_early"):
@@ -2896,6 +2899,14 @@ def _search_or_answer(env, careless):
     if careless("vague_query"):
         return "any page will do", tagged("search", question.relation)
     return "look it up", tagged("search", question.hops[0][0])
+
+
+def _finding(question):
+    """The thought before the answer: what is asked, or the numbers to compare, from which the answer follows."""
+    query, texts = question.hops[-1]
+    if question.task_type == "comparison":
+        return " against ".join(re.search(r"(?:has|number) (no|\d+)", text)[1] for text in texts)
+    return f"{question.relation} of {query}"
 
 
 def _hops_done(env):
