@@ -1001,12 +1001,13 @@ def warm_start_arenas(cfg):
     return [Arena(c, env, load_skills(c, env.task_types)) for c, env in arenas]
 
 
-def demonstrated_turns(arena, rng, noise=0.1, most=4):
+def demonstrated_turns(arena, rng, noise=0.15, most=4):
     """At most so many turns of one episode of the expert, or, for the share cfg.sft_careless, of the careless player
     -> [(context, skills, thought, action)].
 
-    Careful play stands behind a prompt with the skills when there is careless play to tell it from. Every tenth move is
-    a random one that is not cloned: it leads to the pages from which one must find back.
+    Careful play stands behind a prompt with the skills when there is careless play to tell it from. Every seventh move is
+    a random one, or the last one again, and not cloned: they lead to the pages from which one must find back, and to
+    those where nothing happened.
     """
     cfg, env, skills = arena
     careless = rng.random() < cfg.sft_careless
@@ -1017,7 +1018,7 @@ def demonstrated_turns(arena, rng, noise=0.1, most=4):
         context = turn_context(cfg, info, observation, past)
         thought, action = env.demonstrate(rng, careless)
         if rng.random() < noise:
-            action = envs.random_move(info["admissible"], rng) or action
+            action = past[-1][1] if past and rng.random() < 0.4 else envs.random_move(info["admissible"], rng) or action
         else:
             turns.append((context, text, thought, action))
         over = past[-1:] == [(observation, action)]  # who repeats himself has given up, and would fill the batch
