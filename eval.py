@@ -152,8 +152,8 @@ def print_difference(title, result):
 CONDITIONS = {"without": "without skills", "with": "with skills in the prompt"}
 
 # Settings of sdar.Config that decide an episode, and those that say where it is played; flags under the same names.
-SETTINGS = ("env", "data", "retriever", "skills", "retrieval", "max_turns", "history", "history_observations", "max_prompt_tokens",
-            "max_response_tokens", "check_admissible", "seed", "dtype", "rollout_batch")
+SETTINGS = ("env", "data", "retriever", "skills", "retrieval", "max_turns", "history", "history_observations",
+            "max_prompt_tokens", "max_response_tokens", "check_admissible", "seed", "dtype", "rollout_batch")
 MACHINE = ("device", "threads")
 
 

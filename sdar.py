@@ -1005,25 +1005,27 @@ def demonstrated_turns(arena, rng, noise=0.15, most=4):
     """At most so many turns of one episode of the expert, or, for the share cfg.sft_careless, of the careless player
     -> [(context, skills, thought, action)].
 
-    Careful play stands behind a prompt with the skills when there is careless play to tell it from. Every seventh move is
-    a random one, or the last one again, and not cloned: they lead to the pages from which one must find back, and to
-    those where nothing happened.
+    Careful play stands behind a prompt with the skills when there is careless play to tell it from. One move in seven
+    is a random one, or the last one again, and not cloned: they lead to the pages from which one must find back, and to
+    those where nothing happened. Raises UserError where the environment raises, as one without an expert does.
     """
     cfg, env, skills = arena
     careless = rng.random() < cfg.sft_careless
-    observation, info = env.reset(options={"split": "train", "task_id": rng.randrange(env.num_tasks("train"))})
+    task = Task("train", rng.randrange(guard(Task("train", 0, 0), "counting tasks", env.num_tasks, "train")), 0)
+    observation, info = guard(task, "reset", env.reset, options={"split": task.split, "task_id": task.task_id})
     text = skills[info["task_type"]] if cfg.sft_careless and not careless else ""
     turns, past, over = [], [], False
     while not over:
         context = turn_context(cfg, info, observation, past)
-        thought, action = env.demonstrate(rng, careless)
+        thought, action = guard(task, "demonstration", env.demonstrate, rng, careless)
         if rng.random() < noise:
-            action = past[-1][1] if past and rng.random() < 0.4 else envs.random_move(info["admissible"], rng) or action
+            again = past and rng.random() < 0.4
+            action = past[-1][1] if again else envs.random_move(info["admissible"], rng) or action
         else:
             turns.append((context, text, thought, action))
         over = past[-1:] == [(observation, action)]  # who repeats himself has given up, and would fill the batch
         past.append((observation, action))
-        observation, _, terminated, truncated, info = env.step(action)
+        observation, _, terminated, truncated, info = guard(task, f"action {action!r}", env.step, action)
         over |= terminated or truncated
     return rng.sample(turns, min(most, len(turns)))
 
@@ -1046,12 +1048,11 @@ def warm_start_rows(policy, cfg, arenas, words, step):
     are exchanged.
     """
     rng = random.Random(f"{cfg.seed} demonstrations {step}")
-    progress = step / cfg.sft_steps if cfg.model == "new" else 1.0
+    progress = step / cfg.sft_steps if words else 1.0
     if progress < EXERCISES:
-        tokenizer = policy.chat.tokenizer
-        tokens = sorted(set(range(len(tokenizer))) - {alone for _, alone in spellings(tokenizer)})
-        return copy_rows(tokens, rng, apart=8 + int(max(0, progress - 0.1) * 1000))
-    longest = 192 + (progress - 0.2) * 5 * cfg.max_prompt_tokens if progress < 0.4 else math.inf
+        return copy_rows(words.exercised, rng, apart=8 + int(max(0, progress - EXERCISES / 2) * 1000))
+    lengthening = (progress - EXERCISES) / EXERCISES
+    longest = 192 + lengthening * cfg.max_prompt_tokens if lengthening < 1 else math.inf
     rows, size = [], 0
     for arena in itertools.cycle(arenas):
         if size >= cfg.sft_tokens:
@@ -1068,7 +1069,7 @@ def warm_start_step(policy, optimizer, cfg, arenas, words, step):
     there is much more to learn copying from than the few tokens of the answers.
     """
     exercises = math.ceil(EXERCISES * cfg.sft_steps)
-    if cfg.model == "new" and step == exercises:  # they are over, which move one spelling
+    if words and step == exercises:  # they are over, which move one spelling
         join_spellings(policy.model, policy.chat.tokenizer, cfg.seed)
     rows = warm_start_rows(policy, cfg, arenas, words, step)
     size = sum(len(row.prompt_ids) + len(row.response_ids) for row in rows)
@@ -1076,7 +1077,7 @@ def warm_start_step(policy, optimizer, cfg, arenas, words, step):
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for bundles in micro_batches(rows, cfg.micro_tokens):
-        if cfg.model == "new" and step >= exercises:
+        if words and step >= exercises:
             batch, weight = pack_whole(policy, list(itertools.chain(*bundles)), prompt_weight=0.1)
         else:
             batch = pack_bundles(policy, bundles)
@@ -1112,7 +1113,8 @@ def copy_rows(tokens, rng, apart, count=64, span=10):
 class Words:
     """The words of an untrained model's tokenizer: a word is its tokens with and without a blank before it.
 
-    common: those in more than a tenth of the prompts, from which all that is written is made.
+    common: those in more than a tenth of the prompts, from which all that is written is made. exercised: the tokens of
+    the copying exercises, one spelling of each word.
     """
 
     def __init__(self, chat, arenas, sample=300):
@@ -1120,6 +1122,7 @@ class Words:
         self.of = {number: pair for pair in pairs for number in pair}  # token -> its word
         single = set(range(len(chat.tokenizer))) - self.of.keys() - chat.tokenizer.added_tokens_decoder.keys()
         self.others = {2: pairs, 1: [(number,) for number in sorted(single)]}  # by their number of spellings
+        self.exercised = sorted(set(range(len(chat.tokenizer))) - {alone for _, alone in pairs})
         rng = random.Random(0)
         rows = [row for arena in itertools.islice(itertools.cycle(arenas), sample)
                 for row in demonstrations(chat, arena, rng)]
@@ -1181,9 +1184,9 @@ def new_model(cfg, vocabulary=2048, episodes=1500):
 
 
 def spellings(tokenizer):
-    """Pairs (token of a word after a blank, token of the same word without)."""
+    """Pairs (token of a word after a blank, token of the same word without), sorted: get_vocab has no fixed order."""
     ids = tokenizer.get_vocab()
-    return [(ids["Ġ" + word], number) for word, number in ids.items() if "Ġ" + word in ids]
+    return sorted((ids["Ġ" + word], number) for word, number in ids.items() if "Ġ" + word in ids)
 
 
 @torch.no_grad()
@@ -1492,8 +1495,7 @@ def step_line(cfg, step, m):
             f"flat groups {m['grpo/zero_variance_groups']:.2f}{teacher}{errors}  {m['time/step']:.1f} s")
 
 
-def warm_start(policy, optimizer, cfg, log, first, reached):
-    arenas = warm_start_arenas(cfg)
+def warm_start(policy, optimizer, cfg, arenas, log, first, reached):
     words = Words(policy.chat, arenas) if cfg.model == "new" else None
     for step in range(first, cfg.sft_steps):
         start = time.perf_counter()
@@ -1535,6 +1537,9 @@ def train(cfg, run=None, resumed=None):
     if cfg.eval_every:
         panel_tasks(cfg, environments[0])
     skills = load_skills(cfg, environments[0].task_types)
+    arenas = warm_start_arenas(cfg) if cfg.sft_steps else []
+    for arena in arenas:  # raises now if the tasks have no expert
+        demonstrated_turns(arena, random.Random(0))
     policy = load_policy(cfg)
     check_prompt_limit(policy, cfg, environments[0])
     run = run or open_run(cfg)
@@ -1566,7 +1571,7 @@ def train(cfg, run=None, resumed=None):
 
         try:
             if state["phase"] == "sft":
-                warm_start(policy, optimizer, cfg, log, state["step"], reached)
+                warm_start(policy, optimizer, cfg, arenas, log, state["step"], reached)
                 state["phase"], state["step"] = "rl", 0
                 optimizer = make_optimizer(policy.model, cfg.lr, cfg)
                 if policy.ref is not None:

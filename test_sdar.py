@@ -980,6 +980,19 @@ def test_exchanged_words_are_the_same_ones_in_prompt_and_answer_and_all_else_sta
     assert changed > len(rows) / 4 and not moved & set(chat.tokenizer.added_tokens_decoder)
 
 
+def test_a_new_models_batches_are_the_same_in_every_process():
+    code = ("import hashlib, sdar\n"
+            "cfg = sdar.make_config({'model': 'new', 'sft_steps': 100, 'sft_careless': 0.5})\n"
+            "chat = sdar.Chat(sdar.new_model(cfg, vocabulary=700, episodes=30)[1])\n"
+            "policy, arenas = sdar.Policy(None, chat, frozenset(), 'cpu', False), sdar.warm_start_arenas(cfg)\n"
+            "words = sdar.Words(chat, arenas, sample=60)\n"
+            "rows = [sdar.warm_start_rows(policy, cfg, arenas, words, step) for step in (10, 30, 90)]\n"
+            "print(hashlib.sha256(repr(rows).encode()).hexdigest())")
+    seen = [subprocess.run([sys.executable, "-c", code], cwd=Path(sdar.__file__).parent, capture_output=True, text=True,
+                           env=os.environ | {"PYTHONHASHSEED": seed}) for seed in ("1", "2")]
+    assert seen[0].stdout == seen[1].stdout and len(seen[0].stdout.strip()) == 64, seen[0].stderr
+
+
 def test_what_prompts_are_made_of_is_common_and_what_tasks_name_is_not(lessons):
     chat, _, words = lessons
     common = {chat.tokenizer.decode([number]).strip() for word in words.common for number in word}
@@ -1299,7 +1312,8 @@ def make_file(path):
 
 def make_questions(folder):
     folder.mkdir()
-    (folder / "train.jsonl").write_text('{"question": "x?", "golden_answers": ["y"]}\n')
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text('{"question": "x?", "golden_answers": ["y"]}\n' * 2)
     return folder
 
 
@@ -1323,6 +1337,9 @@ BAD_INPUT = {
     "questions without a retriever": lambda t, m: (
         {"env": "search", "data": make_questions(t / "rows")}, "no corpus.jsonl"),
     "more turns than the environment plays": lambda t, m: ({"max_turns": 16}, "--max_turns 16"),
+    "questions without an expert": lambda t, m: (
+        {"env": "search", "data": make_questions(t / "rows"), "retriever": "http://127.0.0.1:9", "sft_steps": 1},
+        "No scripted player"),
     "games without a folder": lambda t, m: ({"env": "alfworld", "data": t / "houses"}, "houses"),
     "missing data": lambda t, m: ({"data": t / "shelf"}, "shelf"),
     "malformed products": lambda t, m: ({"data": data_folder(t / "shelf", "[{")}, "items_shuffle.json"),
