@@ -983,7 +983,7 @@ def test_exchanged_words_are_the_same_ones_in_prompt_and_answer_and_all_else_sta
 def test_a_new_models_batches_are_the_same_in_every_process():
     code = ("import hashlib, sdar\n"
             "cfg = sdar.make_config({'model': 'new', 'sft_steps': 100, 'sft_careless': 0.5})\n"
-            "chat = sdar.Chat(sdar.new_model(cfg, vocabulary=700, episodes=30)[1])\n"
+            "chat = sdar.Chat(sdar.new_model(cfg, vocabulary=1500, episodes=200)[1])\n"
             "policy, arenas = sdar.Policy(None, chat, frozenset(), 'cpu', False), sdar.warm_start_arenas(cfg)\n"
             "words = sdar.Words(chat, arenas, sample=60)\n"
             "rows = [sdar.warm_start_rows(policy, cfg, arenas, words, step) for step in (10, 30, 90)]\n"
