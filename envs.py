@@ -2010,8 +2010,8 @@ def alfworld_habit(env, rng: random.Random) -> tuple[str, str]:
 
 
 def _keep_house(env, careless) -> tuple[str, str]:
-    """A thought first names what the decision is about, as it stands in the task: that makes the decision easy to read
-    off the page. Those of a careful and a careless decision differ."""
+    """A thought names what the decision is about, as it stands in the task, and says at once what the page shows of it:
+    that is easily read off. Thoughts of a careful and a careless decision differ."""
     errand, held = read_errand(env.game), held_object(env.game, env.facts)
     if held is None:
         return _find_thing(env, errand, careless)
@@ -2043,14 +2043,14 @@ def _find_thing(env, errand, careless):
             return "all is done", "look"
     takes = [_command(env, "take", *found) for found in seen if found[1] not in full]
     if takes:
-        return f"{kind}: take it", min(takes)
+        return f"{kind} found", min(takes)
     closed = [place for place in here if not is_accessible(game, facts, place) and place not in full]
     if closed and not careless("skip_closed"):
-        return f"{kind}: open this", _command(env, "open", closed[0])
+        return f"{kind} inside?", _command(env, "open", closed[0])
     homes = ALFWORLD_HOMES.get(kind, [])
     places = [place for place, _ in game.places if place not in full]
     action = _go_on(env, places, lambda place: (place in errand.places, *_rank(game, place, homes)))
-    return f"{kind}: {'pass by' if closed else 'search on'}", action
+    return f"{kind} {'elsewhere' if closed else 'missing'}", action
 
 
 def _find_lamp(env, errand, held, careless):
@@ -2060,10 +2060,10 @@ def _find_lamp(env, errand, held, careless):
         return "just examine it", _command(env, "examine", held)
     kind = game.names[min(errand.lamps)].split()[0]
     if lamps:
-        return f"{kind}: turn it on", _command(env, "use", lamps[0])
+        return f"{kind} found", _command(env, "use", lamps[0])
     homes = ALFWORLD_HOMES.get(kind, [])
     places = [place for place, _ in game.places]
-    return f"{kind}: search on", _go_on(env, places, lambda place: _rank(game, place, homes))
+    return f"{kind} missing", _go_on(env, places, lambda place: _rank(game, place, homes))
 
 
 def _treat_first(env, verb, held):
@@ -2078,10 +2078,10 @@ def _bring(env, held, place):
     """Put what is held into a receptacle: the next step to it."""
     kind, _ = _kind_number(env.game, place)
     if place not in _here(env):
-        return f"{kind}: go there", _go(env, place)
+        return f"{kind} away", _go(env, place)
     if not is_accessible(env.game, env.facts, place):
-        return f"{kind}: open it", _command(env, "open", place)
-    return f"{kind}: place it", _command(env, "put", held, place)
+        return f"{kind} closed", _command(env, "open", place)
+    return f"{kind} reached", _command(env, "put", held, place)
 
 
 def _put_back(env, held):

@@ -1041,25 +1041,25 @@ def demonstrations(chat, arena, rng):
 
 
 def warm_start_rows(policy, cfg, arenas, words, step):
-    """About cfg.sft_tokens tokens of demonstrations, an episode of each arena in turn.
+    """About cfg.sft_tokens tokens of demonstrations, episode by episode, from the arenas as often as SHARES says.
 
     An untrained model, which alone has `words`, gets exercises first: it copies random tokens, first near, then far;
-    then short demonstrations come in, and longer ones until two fifths of the steps are over. In half of them words
-    are exchanged.
+    then short demonstrations come in, and longer ones until as many steps again are over. In half of them words are
+    exchanged.
     """
     rng = random.Random(f"{cfg.seed} demonstrations {step}")
     progress = step / cfg.sft_steps if words else 1.0
     if progress < EXERCISES:
-        return copy_rows(words.exercised, rng, apart=8 + int(max(0, progress - EXERCISES / 2) * 1000))
+        return copy_rows(words.exercised, rng, apart=8 + int(max(0, progress / EXERCISES - 0.5) * 200))
     lengthening = (progress - EXERCISES) / EXERCISES
     longest = 192 + lengthening * cfg.max_prompt_tokens if lengthening < 1 else math.inf
     rows, size = [], 0
-    for arena in itertools.cycle(arenas):
-        if size >= cfg.sft_tokens:
-            return [words.exchange(row, rng) if words and rng.random() < 0.5 else row for row in rows]
+    while size < cfg.sft_tokens:
+        (arena,) = rng.choices(arenas, [SHARES[arena.cfg.env] for arena in arenas])
         episode = [row for row in demonstrations(policy.chat, arena, rng) if len(row.prompt_ids) <= longest]
         rows += episode
         size += sum(len(row.prompt_ids) + len(row.response_ids) for row in episode)
+    return [words.exchange(row, rng) if words and rng.random() < 0.5 else row for row in rows]
 
 
 def warm_start_step(policy, optimizer, cfg, arenas, words, step):
@@ -1095,7 +1095,8 @@ def warm_start_step(policy, optimizer, cfg, arenas, words, step):
 # --------------------------------------------------------------------------------------------------- the embedded model
 # Only `--model new` needs what follows. A model of a million parameters learns to copy late, and nothing works without.
 
-EXERCISES = 0.2  # share of an untrained model's warm start that goes to copying random tokens
+EXERCISES = 0.1  # share of an untrained model's warm start that goes to copying random tokens
+SHARES = {"webshop": 1, "alfworld": 3, "search": 3}  # of episodes; houses take the longest to learn, questions are short
 
 
 def copy_rows(tokens, rng, apart, count=64, span=10):

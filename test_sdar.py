@@ -3086,9 +3086,9 @@ def test_careful_and_careless_thoughts_are_short_and_differ():
             assert good == env.expert() and 2 <= len(careful.split()) <= 4 and 2 <= len(careless.split()) <= 4
             assert {good, bad} <= set(env.actions)
             assert careful != careless or good == bad
-            habits.add(careless.split(": ")[-1]) if careful != careless else None
+            habits.add(re.sub(r"^\w+ elsewhere", "elsewhere", careless)) if careful != careless else None
             env.step(rng.choice([good, bad, rng.choice(sorted(env.actions))]))
-    assert habits == {"pass by", "fine as it is", "any place does", "just examine it", "all is done"}
+    assert habits == {"elsewhere", "fine as it is", "any place does", "just examine it", "all is done"}
 
 
 def test_the_expert_decides_by_what_the_prompt_shows():
