@@ -2902,11 +2902,13 @@ def _search_or_answer(env, careless):
 
 
 def _finding(question):
-    """The thought before the answer: what is asked, or the numbers to compare, from which the answer follows."""
+    """The thought before the answer: what is asked of what, or the two numbers and which name to answer with."""
     query, texts = question.hops[-1]
     if question.task_type == "comparison":
-        return " against ".join(re.search(r"(?:has|number) (no|\d+)", text)[1] for text in texts)
-    return f"{question.relation} of {query}"
+        numbers = [re.search(r"(?:has|number) (no|\d+)", text)[1] for text in texts]
+        found = ", ".join(f"{name} {number}" for name, number in zip(question.names, numbers))
+        return f"{found}: the {'first' if question.names[0] == question.golds[0] else 'second'}"
+    return f"{query}: {question.relation}"
 
 
 def _hops_done(env):
@@ -2982,8 +2984,11 @@ def random_move(admissible, rng):
 
 
 def write_answer(env_name, thought, action):
-    """The answer that `parse_action` reads back as (action, True)."""
-    return f"<think>{thought}</think>" + (action if env_name == "search" else f"<action>{action}</action>")
+    """The answer that `parse_action` reads back as (action, True).
+
+    A thought begins with a blank, so that its first word is the same token as in a page.
+    """
+    return f"<think> {thought}</think>" + (action if env_name == "search" else f"<action>{action}</action>")
 
 
 def main(argv=None):
