@@ -242,8 +242,8 @@ TINY_DEFAULTS = {
     "sft_tokens": 6144, "micro_tokens": 4096}
 TINY_ENV_DEFAULTS = {
     "webshop": {},
-    "alfworld": {"max_turns": 24, "tasks": 4, "steps": 40},
-    "search": {"max_turns": 4, "max_response_tokens": 40}}
+    "alfworld": {"max_turns": 24, "tasks": 4, "steps": 50},
+    "search": {"max_turns": 4, "max_response_tokens": 48}}
 
 
 class UserError(Exception):
