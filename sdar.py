@@ -1096,7 +1096,7 @@ def warm_start_step(policy, optimizer, cfg, arenas, words, step):
 # Only `--model new` needs what follows. A model of a million parameters learns to copy late, and nothing works without.
 
 EXERCISES = 0.1  # share of an untrained model's warm start that goes to copying random tokens
-SHARES = {"webshop": 1, "alfworld": 3, "search": 3}  # of episodes; houses take the longest to learn, questions are short
+SHARES = {"webshop": 3, "alfworld": 1, "search": 1}  # of episodes
 
 
 def copy_rows(tokens, rng, apart, count=64, span=10):
