@@ -996,9 +996,9 @@ def _shop(env, careless) -> tuple[str, str]:
 
 
 def _request_words(goal: dict) -> tuple[str, str]:
-    """The words to search for: what is asked for as the task says it, and its noun phrase alone."""
+    """The words to search for: what is asked for as the task says it, from the article on, and its noun phrase alone."""
     text = re.sub(r", and price lower than [\d.]+ dollars$", "", goal["instruction_text"].lower())
-    match = re.match(rf"(?:{'|'.join(WEBSHOP_REQUESTS)}) (?:an? )?(.+?)(?: with [^:]+: .*)?$", text)
+    match = re.match(rf"(?:{'|'.join(WEBSHOP_REQUESTS)}) (.+?)(?: with [^:]+: .*)?$", text)
     if match is None:  # a human's wording
         return " ".join([*goal["attributes"], goal["query"]]).lower(), goal["query"]
     noun = match[1].split(" that ")[0]

@@ -40,6 +40,7 @@ import json
 import math
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -242,7 +243,7 @@ TINY_DEFAULTS = {
     "sft_tokens": 6144, "micro_tokens": 4096}
 TINY_ENV_DEFAULTS = {
     "webshop": {},
-    "alfworld": {"max_turns": 24, "tasks": 4, "steps": 50},
+    "alfworld": {"max_turns": 24, "tasks": 4, "steps": 30},
     "search": {"max_turns": 4, "max_response_tokens": 48}}
 
 
@@ -1006,8 +1007,9 @@ def demonstrated_turns(arena, rng, noise=0.15, most=4):
     -> [(context, skills, thought, action)].
 
     Careful play stands behind a prompt with the skills when there is careless play to tell it from. One move in seven
-    is a random one, or the last one again, and not cloned: they lead to the pages from which one must find back, and to
-    those where nothing happened. Raises UserError where the environment raises, as one without an expert does.
+    is not cloned: a random one, the last one again, or one with the next number, which may stand for no place at all.
+    They lead to the pages from which one must find back, and to those where nothing happened. Raises UserError where
+    the environment raises, as one without an expert does.
     """
     cfg, env, skills = arena
     careless = rng.random() < cfg.sft_careless
@@ -1019,8 +1021,8 @@ def demonstrated_turns(arena, rng, noise=0.15, most=4):
         context = turn_context(cfg, info, observation, past)
         thought, action = guard(task, "demonstration", env.demonstrate, rng, careless)
         if rng.random() < noise:
-            again = past and rng.random() < 0.4
-            action = past[-1][1] if again else envs.random_move(info["admissible"], rng) or action
+            slip = rng.choice([past[-1][1] if past else action, re.sub(r"\d+$", lambda n: str(int(n[0]) + 1), action)])
+            action = slip if rng.random() < 0.6 else envs.random_move(info["admissible"], rng) or action
         else:
             turns.append((context, text, thought, action))
         over = past[-1:] == [(observation, action)]  # who repeats himself has given up, and would fill the batch
@@ -1096,7 +1098,7 @@ def warm_start_step(policy, optimizer, cfg, arenas, words, step):
 # Only `--model new` needs what follows. A model of a million parameters learns to copy late, and nothing works without.
 
 EXERCISES = 0.1  # share of an untrained model's warm start that goes to copying random tokens
-SHARES = {"webshop": 3, "alfworld": 1, "search": 1}  # of episodes
+SHARES = {"webshop": 2, "alfworld": 3, "search": 3}  # of episodes: houses are hard to learn, questions are short
 
 
 def copy_rows(tokens, rng, apart, count=64, span=10):
@@ -1159,7 +1161,7 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }
 
 
 def new_model(cfg, vocabulary=2048, episodes=1500):
-    """An untrained Qwen2 of about a million parameters and a BPE tokenizer made from demonstrations."""
+    """An untrained Qwen2 of 1.3 million parameters and a BPE tokenizer made from demonstrations."""
     from tokenizers import AddedToken
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     arenas, rng, texts = warm_start_arenas(dataclasses.replace(cfg, sft_careless=0.5)), random.Random(0), []
@@ -1175,7 +1177,7 @@ def new_model(cfg, vocabulary=2048, episodes=1500):
     tags = [f"<{slash}{name}>" for name in names for slash in ("", "/")]
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
     tokenizer.chat_template = CHATML
-    size = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+    size = dict(hidden_size=160, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
                 num_key_value_heads=2)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), max_position_embeddings=4096, tie_word_embeddings=True, use_sliding_window=False,
