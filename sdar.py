@@ -1161,7 +1161,7 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }
 
 
 def new_model(cfg, vocabulary=2048, episodes=1500):
-    """An untrained Qwen2 of 1.3 million parameters and a BPE tokenizer made from demonstrations."""
+    """An untrained Qwen2 of 0.9 million parameters and a BPE tokenizer made from demonstrations."""
     from tokenizers import AddedToken
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     arenas, rng, texts = warm_start_arenas(dataclasses.replace(cfg, sft_careless=0.5)), random.Random(0), []
@@ -1177,7 +1177,7 @@ def new_model(cfg, vocabulary=2048, episodes=1500):
     tags = [f"<{slash}{name}>" for name in names for slash in ("", "/")]
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
     tokenizer.chat_template = CHATML
-    size = dict(hidden_size=160, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
+    size = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
                 num_key_value_heads=2)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), max_position_embeddings=4096, tie_word_embeddings=True, use_sliding_window=False,
