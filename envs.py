@@ -996,7 +996,7 @@ def _shop(env, careless) -> tuple[str, str]:
 
 
 def _request_words(goal: dict) -> tuple[str, str]:
-    """The words to search for: what is asked for as the task says it, from the article on, and its noun phrase alone."""
+    """The words to search for: what is asked for in the task's words, article included, and its noun phrase alone."""
     text = re.sub(r", and price lower than [\d.]+ dollars$", "", goal["instruction_text"].lower())
     match = re.match(rf"(?:{'|'.join(WEBSHOP_REQUESTS)}) (.+?)(?: with [^:]+: .*)?$", text)
     if match is None:  # a human's wording

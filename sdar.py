@@ -1007,7 +1007,7 @@ def demonstrated_turns(arena, rng, noise=0.15, most=4):
     -> [(context, skills, thought, action)].
 
     Careful play stands behind a prompt with the skills when there is careless play to tell it from. One move in seven
-    is not cloned: a random one, the last one again, or one with the next number, which may stand for no place at all.
+    is not cloned: a random one, the last one again, or one whose last number, if it ends with one, is raised by one.
     They lead to the pages from which one must find back, and to those where nothing happened. Raises UserError where
     the environment raises, as one without an expert does.
     """
@@ -1021,7 +1021,9 @@ def demonstrated_turns(arena, rng, noise=0.15, most=4):
         context = turn_context(cfg, info, observation, past)
         thought, action = guard(task, "demonstration", env.demonstrate, rng, careless)
         if rng.random() < noise:
-            slip = rng.choice([past[-1][1] if past else action, re.sub(r"\d+$", lambda n: str(int(n[0]) + 1), action)])
+            again = past[-1][1] if past else action
+            beyond = re.sub(r"\d+$", lambda number: str(int(number[0]) + 1), action)  # "go to shelf 3", if there is one
+            slip = rng.choice([again, beyond])
             action = slip if rng.random() < 0.6 else envs.random_move(info["admissible"], rng) or action
         else:
             turns.append((context, text, thought, action))
@@ -1055,9 +1057,10 @@ def warm_start_rows(policy, cfg, arenas, words, step):
         return copy_rows(words.exercised, rng, apart=8 + int(max(0, progress / EXERCISES - 0.5) * 200))
     lengthening = (progress - EXERCISES) / EXERCISES
     longest = 192 + lengthening * cfg.max_prompt_tokens if lengthening < 1 else math.inf
+    shares = [SHARES[arena.cfg.env] for arena in arenas]
     rows, size = [], 0
     while size < cfg.sft_tokens:
-        (arena,) = rng.choices(arenas, [SHARES[arena.cfg.env] for arena in arenas])
+        (arena,) = rng.choices(arenas, shares)
         episode = [row for row in demonstrations(policy.chat, arena, rng) if len(row.prompt_ids) <= longest]
         rows += episode
         size += sum(len(row.prompt_ids) + len(row.response_ids) for row in episode)

@@ -980,6 +980,23 @@ def test_exchanged_words_are_the_same_ones_in_prompt_and_answer_and_all_else_sta
     assert changed > len(rows) / 4 and not moved & set(chat.tokenizer.added_tokens_decoder)
 
 
+COPIED = {"alfworld": r"<think>( \w+) (?:found|missing|inside|elsewhere|away|reached|closed)",
+          "search": r"<think>( [^,:]+)(?:: | no,| \d+,)", "webshop": r"use every detail.*search\[an?( [^]]+)"}
+
+
+def test_what_an_answer_copies_is_the_same_tokens_as_in_the_prompt(lessons):
+    chat, arenas, _ = lessons
+    rng = random.Random(0)
+    for arena in arenas:
+        rows = [row for _ in range(20) for row in sdar.demonstrations(chat, arena, rng)]
+        found = [(row, re.search(COPIED[arena.cfg.env], chat.tokenizer.decode(row.response_ids))) for row in rows]
+        copies = [(row, chat.encode(match[1])) for row, match in found if match]
+        assert len(copies) >= 5
+        for row, ids in copies:
+            for whole in (row.prompt_ids, row.response_ids):
+                assert any(whole[i:i + len(ids)] == ids for i in range(len(whole))), chat.tokenizer.decode(ids)
+
+
 def test_a_new_models_batches_are_the_same_in_every_process():
     code = ("import hashlib, sdar\n"
             "cfg = sdar.make_config({'model': 'new', 'sft_steps': 100, 'sft_careless': 0.5})\n"
