@@ -238,13 +238,13 @@ ENV_DEFAULTS = {
 # done in 5 turns. With 15, sampling at T=1 gets out of every loop in time: nothing punishes loops, and greedy play ends
 # in them.
 TINY_DEFAULTS = {
-    "max_turns": 8, "history_observations": False, "tasks": 8, "steps": 60, "lr": 4e-4, "lr_schedule": "linear",
+    "max_turns": 8, "history_observations": False, "tasks": 8, "steps": 30, "lr": 4e-4, "lr_schedule": "linear",
     "warmup": 3, "kl_coef": 0.0, "max_prompt_tokens": 512, "max_response_tokens": 32, "sft_lr": 3e-3,
     "sft_tokens": 6144, "micro_tokens": 4096}
 TINY_ENV_DEFAULTS = {
     "webshop": {},
-    "alfworld": {"max_turns": 24, "tasks": 4, "steps": 30},
-    "search": {"max_turns": 4, "max_response_tokens": 48}}
+    "alfworld": {"max_turns": 24, "tasks": 4, "steps": 20},
+    "search": {"max_turns": 4, "max_response_tokens": 48, "steps": 60}}
 
 
 class UserError(Exception):
