@@ -7,13 +7,13 @@
 
     with skills in the prompt
       task type      n  success [95 %]          score [95 %]                 turns     invalid  unfinished
-      beauty        28  0.821 [0.644, 0.921]    0.964 [0.936, 0.993]           5.0       0.000       0.000
+      beauty        28  0.786 [0.605, 0.898]    0.957 [0.921, 0.986]           5.0       0.000       0.000
       ...
-      all          128  0.914 [0.853, 0.951]    0.975 [0.955, 0.990]           4.8       0.011       0.000
+      all          128  0.891 [0.825, 0.934]    0.977 [0.965, 0.988]           4.8       0.002       0.000
 
     with - without skills, paired by task
-      success +0.852 [+0.789, +0.906]  p 3.08e-33 (McNemar)  a difference
-      score   +0.553 [+0.493, +0.612]  a difference
+      success +0.805 [+0.727, +0.875]  p 5.23e-30 (McNemar)  a difference
+      score   +0.473 [+0.427, +0.519]  a difference
 
     python eval.py --compare runs/webshop-sdar-0/checkpoint-60/eval.json runs/webshop-grpo-0/checkpoint-60/eval.json
 
