@@ -355,9 +355,10 @@ def measure_curves(*runs):
                     pane.plot(*zip(*line), color=color, alpha=0.35, lw=1)
                 means = [(points[0][0], sum(p[1] for p in points) / len(points)) for points in zip(*lines)]
                 if means:
-                    label = f"{method}, mean of {len(lines)} seeds"
+                    label = f"{method}, mean of {len(lines)} seeds" if len(lines) > 1 else f"{method}, one seed"
                     pane.plot(*zip(*means), color=color, marker="o", ms=4, label=label)
                 pane.set(title=f"{name}, {title}", ylim=(0, 1))
+                pane.xaxis.get_major_locator().set_params(integer=True)
                 pane.grid(alpha=0.3)
         row[0].set_ylabel("success, 128 unseen tasks")
         row[1].legend(loc="lower right")
