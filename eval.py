@@ -15,7 +15,7 @@
       success +0.805 [+0.727, +0.875]  p 5.23e-30 (McNemar)  a difference
       score   +0.473 [+0.427, +0.519]  a difference
 
-    python eval.py --compare runs/webshop-sdar-0/checkpoint-60/eval.json runs/webshop-grpo-0/checkpoint-60/eval.json
+    python eval.py --compare runs/webshop-sdar-0/checkpoint-30/eval.json runs/webshop-grpo-0/checkpoint-30/eval.json
 
 A checkpoint inside a run folder is played under its run's own settings (environment, data, skills, prompt, limits,
 seed); any other model under the defaults of sdar.py. Flags of the same names as there change either. A result holds
@@ -326,7 +326,7 @@ def parse_args(argv):
     if "compare" in options and (options["model"] or len(options) > 2):
         raise sdar.UserError("--compare A.json B.json stands alone: leave the model and every other option out.")
     if "compare" not in options and options["model"] is None:
-        raise sdar.UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-60, ...), or --compare A.json B.json.")
+        raise sdar.UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-30, ...), or --compare A.json B.json.")
     if options.get("retrieval") == "none":
         raise sdar.UserError("--retrieval none shows no skills: use --condition without.")
     return options

@@ -1379,6 +1379,7 @@ def plot_curve(run, cfg):
             axes.plot(*zip(*points), label=label, **style)
     tasks = "official data" if cfg.data else "generated tasks"
     axes.set(xlabel="step", ylabel="success rate", ylim=(0, 1), title=f"{cfg.method} on {cfg.env} ({tasks})")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()
