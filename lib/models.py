@@ -1,0 +1,84 @@
+"""Loading a model with transformers: paths, devices, and what makes sampler and trainer the same function."""
+
+import inspect
+from pathlib import Path
+
+import torch
+
+from lib.runs import UserError, first_sentence
+
+
+def choose_device(name):
+    """auto, cpu, cuda, cuda:1, ... -> torch.device. Raises UserError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter is what a CPU build raises for cuda
+        raise UserError(f"--device {name} cannot be used here: {first_sentence(error)}") from error
+
+
+def read_model(path):
+    """A folder, or a name that transformers loads -> (model in fp32, tokenizer). Raises UserError if there is none."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    parent = Path(path).parent
+    looks_local = parent.is_dir() if parent != Path(".") else Path(path).exists()
+    looks_local |= path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not (Path(path) / "config.json").is_file():
+        raise UserError(f"There is no model in {path!r} (no config.json): give tiny, a folder written by "
+                        "save_pretrained, or a name such as Qwen/Qwen2.5-1.5B-Instruct.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"Could not load the model {path!r}: {first_sentence(error)}") from error
+    return model, tokenizer
+
+
+class Chat:
+    """Messages -> ids: the template's own text with control tokens, the message as plain text without any.
+
+    So an observation that contains "<|im_end|>" stays text. Works for every template that shows the message once.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        mark = "\ue000"  # private use: in no template
+        text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], add_generation_prompt=True,
+                                             tokenize=False, enable_thinking=False)
+        if text.count(mark) != 1:
+            raise UserError(f"The chat template of {tokenizer.name_or_path} shows a user's message {text.count(mark)} "
+                            "times instead of once: such templates are not supported.")
+        before, after = text.split(mark)
+        self.before, self.after = self.encode(before, control=True), self.encode(after, control=True)
+
+    def encode(self, text, control=False):
+        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"])
+
+    def prompt(self, text):
+        return self.before + self.encode(text) + self.after
+
+
+def end_of_turn_ids(model, tokenizer):
+    """The tokens that end a response, a frozenset of ids."""
+    stop = model.generation_config.eos_token_id if model.generation_config else None
+    return frozenset({*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None})
+
+
+def without_dropout(model):
+    """Sampler and trainer must be the same function, also in train mode."""
+    for module in model.modules():
+        for name in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def empty_cache(model):
+    """-> (a cache of keys and values that the model fills in place, the keyword arguments that hand it over)."""
+    from transformers import DynamicCache
+    cache = DynamicCache(config=model.config)
+    renamed = "cache" in inspect.signature(model.forward).parameters  # since transformers 5.24
+    return cache, {"cache" if renamed else "past_key_values": cache, "use_cache": True}

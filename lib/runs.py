@@ -1,0 +1,310 @@
+"""The run folder: settings, log, learning curve, episodes, checkpoints. The method is in sdar.py; this only keeps it.
+
+    <run>/config.json          settings, package versions, commit
+    <run>/metrics.jsonl        a line per step and per evaluation
+    <run>/curve.png            success by step
+    <run>/episodes/*.jsonl     whole episodes, with the gap and gate of each token
+    <run>/checkpoint-<step>/   model and tokenizer as save_pretrained writes them, and state.pt (optimiser, step)
+"""
+
+import contextlib
+import dataclasses
+import json
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from importlib import import_module, metadata
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class UserError(Exception):
+    """Bad input: printed as one sentence, without a traceback."""
+
+
+def first_sentence(error):
+    return str(error).strip().split("\n")[0].rstrip(".") + "."
+
+
+def optional(module, package):
+    """An optional library, imported where it is used. Raises UserError with the pip line if it is missing."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(f"{module} is not installed: pip install {package}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+def provenance(version):
+    """Versions and commit, for config.json."""
+    names = ("torch", "transformers", "tokenizers", "gymnasium", "numpy", "rapidfuzz")
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return {"sdar": version, "python": platform.python_version(), "commit": commit,
+            "packages": {name: metadata.version(name) for name in names}}
+
+
+def free_folder(name):
+    """The first of runs/<name>, runs/<name>-2, runs/<name>-3, ... that does not exist."""
+    path, number = Path("runs") / name, 1
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{name}-{number}"
+    return str(path)
+
+
+def create_run(cfg, version, name="config.json"):
+    """Makes the folder cfg.out, cfg in its file `name` -> its Path. UserError if it holds a run or can't be written."""
+    run, settings = Path(cfg.out), dataclasses.asdict(cfg)
+    if checkpoints(run):
+        raise UserError(f"{run} already holds a run: go on with it by --resume {run}, or choose another with --out.")
+    try:
+        (run / "episodes").mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(json.dumps(settings | {"provenance": provenance(version)}, indent=1))
+        (run / "metrics.jsonl").write_text("")
+    except OSError as error:
+        raise UserError(f"The run folder {run} cannot be written ({error.strerror}): choose one by --out.") from error
+    return run
+
+
+def read_settings(run, kind, name="config.json"):
+    """The settings in a run folder -> kind(**settings), kind being the dataclass that was written."""
+    path = Path(run) / name
+    if not path.is_file():
+        raise UserError(f"{run} is not a run folder (no {name}): give the folder that --out named.")
+    try:
+        stored = json.loads(path.read_text())
+        stored.pop("provenance")
+        return kind(**stored)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} was not written by this version of the program ({error}): start a new run, or go on "
+                        "with the version that its provenance names.") from error
+
+
+def reopen(folder, explicit, kind, changeable, name="config.json"):
+    """--resume: (settings, run, last checkpoint). UserError if an explicit setting outside `changeable` differs."""
+    run = Path(folder)
+    cfg = read_settings(run, kind, name)
+    for setting, value in explicit.items():
+        if value != getattr(cfg, setting) and setting not in changeable:
+            raise UserError(f"--{setting} {value} contradicts the run in {run}, which has {getattr(cfg, setting)}: "
+                            "leave it out, or start a new run with --out.")
+        setattr(cfg, setting, value)
+    found = checkpoints(run)
+    if not found:
+        raise UserError(f"{run} holds no checkpoint yet: start it again without --resume, in another folder.")
+    if cfg.steps < step_of(found[-1]):
+        raise UserError(f"--steps {cfg.steps} is less than the {step_of(found[-1])} steps that {run} already has: "
+                        "raise it.")
+    return cfg, run, found[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+def step_of(checkpoint):
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def checkpoints(run):
+    """Checkpoint folders of a run, oldest first."""
+    found = [path for path in Path(run).glob("checkpoint-*")
+             if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "state.pt").is_file()]
+    return sorted(found, key=step_of)
+
+
+def save_checkpoint(run, model, tokenizer, optimizer, step, keep=2):
+    """Writes <run>/checkpoint-<step> atomically (in a hidden folder, then renamed) -> its Path.
+
+    Only the newest `keep` stay, and checkpoint-0, from which a resumed run reads its reference model.
+    """
+    final = run / f"checkpoint-{step}"
+    hidden = run / f".{final.name}.tmp"
+    shutil.rmtree(hidden, ignore_errors=True)
+    model.save_pretrained(hidden)
+    tokenizer.save_pretrained(hidden)
+    torch.save({"optimizer": optimizer.state_dict(), "step": step}, hidden / "state.pt")
+    shutil.rmtree(final, ignore_errors=True)
+    hidden.rename(final)
+    for old in checkpoints(run)[:-keep]:
+        if step_of(old) > 0:
+            shutil.rmtree(old)
+    return final
+
+
+def restore(checkpoint, model, optimizer, ref=None):
+    """Loads weights and optimiser state in place, and ref from checkpoint-0 -> steps done; trims the log to them."""
+    from safetensors.torch import load_model
+    run, device = checkpoint.parent, str(model.device)
+    load_model(model, checkpoint / "model.safetensors", device=device)
+    if ref is not None and (run / "checkpoint-0").is_dir():
+        load_model(ref, run / "checkpoint-0" / "model.safetensors", device=device)
+    state = torch.load(checkpoint / "state.pt", map_location=device, weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    trim_metrics(run, state["step"])
+    return state["step"]
+
+
+def trim_metrics(run, step):
+    """Drops the lines that a killed run wrote after its last checkpoint; a half-written last line too."""
+    kept = []
+    path = run / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        # an evaluation comes after its step's checkpoint, so the resumed run plays it again
+        if entry["step"] < step or entry["step"] == step and "eval/success" not in entry:
+            kept.append(line + "\n")
+    path.write_text("".join(kept))
+
+
+# ----------------------------------------------------------------------------------------------------------- a live run
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C waits until the block is done, so that weights, optimiser and log always belong to a whole step."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(print("\nfinishing this update, then saving ...")))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+class Run:
+    """An open run: log, progress bar and checkpoints. `step` is the number of whole steps done.
+
+    As a context manager it saves the whole steps however the block ends: at the end, on Ctrl-C (KeyboardInterrupt goes
+    on, with a line on how to resume), and on a UserError (which then says where they are).
+    """
+
+    def __init__(self, folder, model, tokenizer, optimizer, cfg, step, command):
+        """cfg: settings of the run (steps, save_every, report_to); step: those done; command: what --resume follows."""
+        self.folder, self.step, self.command, self.save_every = folder, step, command, cfg.save_every
+        self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
+        self.send = tracker(cfg, folder)
+        self.bar = tqdm(total=cfg.steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def save(self):
+        return save_checkpoint(self.folder, self.model, self.tokenizer, self.optimizer, self.step)
+
+    def __enter__(self):
+        if self.step == 0:
+            self.save()  # a resumed run reads its reference model from there
+        return self
+
+    def __exit__(self, kind, error, trace):
+        resume = f"{self.command} --resume {self.folder}"
+        try:
+            if isinstance(error, KeyboardInterrupt):
+                self.bar.write(f"stopped after step {self.step}, saved in {self.save()}; go on: {resume}")
+            elif isinstance(error, UserError):
+                raise UserError(f"{error} All whole steps are saved in {self.save()}; {resume} goes on.") from error
+            elif error is None:
+                self.save()
+        finally:
+            self.bar.close()
+
+    def log(self, step, metrics, line):
+        """A line in metrics.jsonl, the same to wandb or tensorboard, and `line` above the progress bar."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
+        self.send(metrics, step)
+        self.bar.write(line)
+
+    def finish_step(self, metrics, line):
+        """Counts and logs a step that is done, and saves it where that is due."""
+        self.step += 1
+        self.log(self.step, metrics, line)
+        self.bar.update()
+        if self.step % self.save_every == 0:
+            self.save()
+
+
+def step_line(cfg, step, m):
+    teacher = "" if cfg.teacher == "none" else f"  gap {m['sdar/gap']:+.3f}  gate {m['sdar/gate']:.3f}"
+    errors = f"  errors {m['rollout/errors']}" if m["rollout/errors"] else ""
+    return (f"step {step:3d}/{cfg.steps}  success {m['reward/success']:.2f}  turns {m['rollout/turns']:.1f}  "
+            f"invalid {m['rollout/invalid']:.2f}  entropy {m['grpo/entropy']:.3f}  "
+            f"zero-variance {m['grpo/zero_variance_groups']:.2f}{teacher}{errors}  {m['time/step']:.1f} s")
+
+
+def tracker(cfg, folder):
+    """-> a function (metrics, step) that hands metrics on to cfg.report_to: wandb, tensorboard, or none."""
+    if cfg.report_to == "wandb":
+        wandb = optional("wandb", "wandb")
+        wandb.init(project="sdar", name=folder.name, config=dataclasses.asdict(cfg))
+        return lambda metrics, step: wandb.log(metrics, step=step)
+    if cfg.report_to == "tensorboard":
+        writer = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
+        return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
+    return lambda metrics, step: None
+
+
+def peak_memory_gb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
+
+
+# --------------------------------------------------------------------------------------------------- pictures and dumps
+
+def plot_curve(run, cfg):
+    """<run>/curve.png: success by step on the evaluation set, sampled and greedy, and of the training rollouts."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    tasks = f"{cfg.eval_tasks} evaluation tasks"
+    curves = {"reward/success": (f"training rollouts, T={cfg.temperature:g}", dict(color="0.75", lw=1)),
+              "eval/success": (f"{tasks}, T={cfg.eval_temperature:g}", dict(color="C0", marker="o")),
+              "eval/greedy_success": (f"{tasks}, greedy", dict(color="C1", marker="s"))}
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for name, (label, style) in curves.items():
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        if points:
+            axes.plot(*zip(*points), label=label, **style)
+    axes.set(xlabel="step", ylabel="success rate", ylim=(0, 1),
+             title=f"{cfg.method} on {cfg.env} ({'official data' if cfg.data else 'generated tasks'})")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(run / "curve.png", dpi=120)
+    pyplot.close(figure)
+
+
+def dump_episodes(path, tokenizer, episodes, rows, scores):
+    """Whole episodes as JSON lines. rows: those of all turns in order; scores: {row: (gap, gate)}, lists per token."""
+    rows = iter(rows)
+    with open(path, "w") as file:
+        for episode in episodes:
+            turns = [dump_turn(tokenizer, turn, next(rows), scores) for turn in episode.turns]
+            whole = {"split": episode.task.split, "task_id": episode.task.task_id, "task_type": episode.task_type,
+                     "task": episode.turns[0].context.task, "won": episode.won, "score": episode.score,
+                     "done": episode.done, "turns": turns}
+            file.write(json.dumps(whole, ensure_ascii=False) + "\n")
+
+
+def dump_turn(tokenizer, turn, row, scores):
+    entry = {"observation": turn.context.observation, "text": turn.text, "action": turn.action, "valid": turn.valid,
+             "stop": turn.response.stop, "tokens": tokenizer.convert_ids_to_tokens(list(turn.response.ids)),
+             "logp": [round(x, 4) for x in turn.response.logp], "advantage": row.advantage}
+    if row in scores:
+        gap, gate = scores[row]
+        entry |= {"gap": [round(x, 4) for x in gap], "gate": [round(x, 4) for x in gate]}
+    return entry

@@ -1,0 +1,286 @@
+"""Tests of a run as a whole: its folder, resuming, stopping, bad input, the other environments, and the house's order."""
+
+import ast
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import envs
+import sdar
+from conftest import config, flags, lines_of, refused, same, weights_of
+from lib import official, retrieval, runs
+from tools import clone
+
+ROOT = Path(sdar.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def straight(model_folder, tmp_path_factory):
+    """A run of four steps without interruption."""
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    assert sdar.main(flags(model_folder, run)) == 0
+    return run
+
+
+def assert_same_run(run, straight, last="checkpoint-4"):
+    assert same(weights_of(run / last), weights_of(straight / last))
+    assert lines_of(run) == lines_of(straight)
+
+
+# ----------------------------------------------------------------------------------------------------------- run folder
+
+def test_a_run_folder_holds_config_metrics_curve_episodes_and_loadable_checkpoints(straight, model_folder):
+    assert {path.name for path in straight.iterdir()} == {  # nothing half-written, old checkpoints gone
+        "config.json", "metrics.jsonl", "curve.png", "episodes", "checkpoint-0", "checkpoint-3", "checkpoint-4"}
+    stored = json.loads((straight / "config.json").read_text())
+    assert stored["tasks"] == 2 and stored["sdar_coef"] == 0.01
+    provenance = stored["provenance"]
+    assert provenance["packages"]["torch"] == torch.__version__ and provenance["sdar"] == sdar.__version__
+    lines = lines_of(straight)
+    assert [(e["step"], "eval/success" in e) for e in lines] == [
+        (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
+    assert {"reward/success", "grpo/loss", "sdar/gap", "sdar/gate", "kl/loss", "rollout/turns"} <= lines[1].keys()
+    episodes = [json.loads(line) for line in (straight / "episodes" / "step-00000.jsonl").read_text().splitlines()]
+    assert len(episodes) == 4
+    for turn in (turn for episode in episodes for turn in episode["turns"]):
+        assert len(turn["tokens"]) == len(turn["gap"]) == len(turn["gate"]) == len(turn["logp"])
+        assert all(g == pytest.approx(1 / (1 + math.exp(-5 * d)), abs=1e-3) for d, g in zip(turn["gap"], turn["gate"]))
+    again = sdar.load_policy(config(model=str(straight / "checkpoint-4"))).model
+    last = weights_of(straight / "checkpoint-4")
+    assert not same(last, weights_of(straight / "checkpoint-0"))
+    assert torch.equal(again.state_dict()["model.norm.weight"], last["model.norm.weight"])
+    assert same(weights_of(straight / "checkpoint-0"), weights_of(model_folder))
+
+
+def test_a_run_folder_is_not_a_model_and_the_default_one_is_the_first_that_is_free(straight, tmp_path, monkeypatch, capsys):
+    refused(sdar.main, flags(straight, tmp_path / "run"), "give one of the checkpoints in it (checkpoint-0, checkp", capsys)
+    monkeypatch.chdir(tmp_path)
+    assert sdar.make_config({"seed": 3}).out == "runs/webshop-sdar-3"
+    Path("runs/webshop-sdar-3").mkdir(parents=True)
+    assert sdar.make_config({"seed": 3}).out == "runs/webshop-sdar-3-2"
+
+
+# --------------------------------------------------------------------------------------------------- resuming, stopping
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(straight, model_folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert sdar.main(flags(model_folder, run, steps=2)) == 0
+    with open(run / "metrics.jsonl", "a") as file:  # what a run killed after its last checkpoint leaves
+        file.write('{"step": 3, "grpo/loss": 99}\n{"st')
+    refused(sdar.main, ["--resume", str(run), "--steps", "1"], "--steps 1", capsys)
+    assert sdar.main(["--resume", str(run), "--steps", "4"]) == 0
+    assert_same_run(run, straight)
+
+
+def interrupt_in(monkeypatch, module, name, call):
+    """Presses Ctrl-C at the end of the call-th run of module.<name>, its work done but not yet noted."""
+    function, calls = getattr(module, name), []
+
+    def pressed(*args, **kwargs):
+        result = function(*args, **kwargs)
+        calls.append(name)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(module, name, pressed)
+
+
+@pytest.mark.parametrize("name, call", [("train_step", 2), ("rollout", 4)])  # rollouts 1 and 2 are the first evaluation
+def test_ctrl_c_saves_whole_steps_and_the_resumed_run_is_the_uninterrupted_one(
+        name, call, straight, model_folder, tmp_path, monkeypatch, capsys):
+    interrupt_in(monkeypatch, sdar, name, call)
+    run = tmp_path / "run"
+    assert sdar.main(flags(model_folder, run)) == 130
+    assert f"--resume {run}" in capsys.readouterr().out
+    assert sdar.main(["--resume", str(run)]) == 0
+    assert_same_run(run, straight)
+
+
+def start(arguments):
+    return subprocess.Popen([sys.executable, sdar.__file__, *arguments], stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+def wait_for(path, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.005)
+
+
+def test_a_killed_run_resumes_bit_for_bit(straight, model_folder, tmp_path):
+    run = tmp_path / "run"
+    process = start(flags(model_folder, run))
+    wait_for(run / "checkpoint-1", process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (run / "checkpoint-4").exists()
+    assert sdar.main(["--resume", str(run)]) == 0
+    assert_same_run(run, straight)
+
+
+def test_a_program_stopped_by_ctrl_c_exits_with_130_and_says_where_it_saved(model_folder, tmp_path):
+    run = tmp_path / "run"
+    process = start(flags(model_folder, run, steps=1000))
+    wait_for(run / "checkpoint-1", process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    last = runs.checkpoints(run)[-1]
+    assert f"saved in {last}" in output and f"--resume {run}" in output
+    assert len(weights_of(last)) > 10 and not list(run.glob(".*"))
+
+
+def test_an_environment_that_raises_loses_no_finished_step(model_folder, tmp_path, capsys, monkeypatch):
+    calls, step = [], envs.WebShop.step
+
+    def fail_later(self, action):
+        calls.append(action)
+        if len(calls) > 26:  # the evaluation twice 2 x 3 turns, a step 2 tasks x 2 episodes x 3 turns
+            raise RuntimeError("out of stock")
+        return step(self, action)
+
+    monkeypatch.setattr(envs.WebShop, "step", fail_later)
+    arguments = flags(model_folder, tmp_path / "run", eval_every=9, save_every=9, steps=3)
+    refused(sdar.main, arguments, "RuntimeError: out of stock", capsys)
+    assert [path.name for path in runs.checkpoints(tmp_path / "run")] == ["checkpoint-0", "checkpoint-1"]
+
+
+def test_folders_that_hold_another_run_or_none_are_refused(straight, model_folder, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
+    cases = [(flags(model_folder, straight), f"--resume {straight}"), (["--resume", str(tmp_path)], "no config.json"),
+             (["--resume", str(model_folder)], "config.json"),  # a model's
+             (["--resume", str(straight), "--lr", "0.5"], "--lr 0.5 contradicts"),
+             (["--resume", str(straight), "--seed", "0", "--method", "grpo"], "--method grpo contradicts"),
+             (["--resume", str(straight), "--steps", "-1"], "--steps")]
+    for arguments, culprit in cases:
+        refused(sdar.main, arguments, culprit, capsys)
+    stored = json.loads((straight / "config.json").read_text())
+    for config_file, culprit in ((stored, "no checkpoint"), (stored | {"sft_steps": 0}, "was not written by this version")):
+        (tmp_path / "config.json").write_text(json.dumps(config_file))
+        refused(sdar.main, ["--resume", str(tmp_path)], culprit, capsys)
+    assert before == {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
+
+
+def test_metrics_go_to_tensorboard_when_asked_and_a_missing_library_is_named(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    refused(sdar.main, flags(model_folder, tmp_path / "a", report_to="tensorboard"), "pip install tensorboard", capsys)
+    sent = []
+    writer = type("Writer", (), {"__init__": lambda self, folder: None,
+                                 "add_scalar": lambda self, name, value, step: sent.append((name, step))})
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("t"))
+    monkeypatch.setattr(sys.modules["torch.utils.tensorboard"], "SummaryWriter", writer, raising=False)
+    arguments = flags(model_folder, tmp_path / "b", report_to="tensorboard", steps=1, eval_every=0, eval_tasks=None)
+    assert sdar.main(arguments) == 0 and ("grpo/loss", 1) in sent
+
+
+# ----------------------------------------------------------------------------------------------- the other environments
+
+@pytest.mark.parametrize("name", ["alfworld", "search"])
+def test_a_run_learns_in_the_other_environments_and_logs_success_by_task_type(name, model_folder, tmp_path):
+    run = tmp_path / "run"
+    assert sdar.main(flags(model_folder, run, env=name, steps=1, eval_every=1, eval_tasks=6)) == 0
+    first, step, last = lines_of(run)
+    kinds = {key for key in first if key.startswith("eval/success/")}
+    assert kinds <= {f"eval/success/{kind}" for kind in envs.make(name).task_types} and len(kinds) >= 3
+    assert step["rollout/errors"] == 0 and math.isfinite(step["grpo/loss"]) and step["sdar/gate"] > 0
+    assert not same(weights_of(run / "checkpoint-1"), weights_of(run / "checkpoint-0"))
+
+
+def test_a_retriever_that_is_down_is_counted_and_loses_no_step(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(retrieval.Retriever.__init__.__kwdefaults__, "pause", 0.0)
+    monkeypatch.setitem(envs.PARSERS, "search", lambda text, official=False: ("<search> lisbon </search>", True))
+    run = tmp_path / "run"
+    with pytest.warns(RuntimeWarning, match="127.0.0.1"):
+        assert sdar.main(flags(model_folder, run, env="search", retriever="http://127.0.0.1:9", steps=1, eval_every=0,
+                               eval_tasks=None)) == 0
+    (step,) = lines_of(run)
+    assert step["rollout/errors"] == 12 and "errors 12" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+PRODUCT = {"asin": "B000000001", "name": "red lamp", "category": "garden", "product_category": "a > b", "query": "lamp",
+           "full_description": "x", "small_description": ["x"], "pricing": "$9.99", "customization_options": None,
+           "images": ["x"]}
+
+
+def shop(folder, items, instruction=True):
+    folder.mkdir()
+    (folder / "items_shuffle.json").write_text(items if isinstance(items, str) else json.dumps(items))
+    asked = {"instruction": "buy a lamp", "instruction_attributes": ["red"]} if instruction else {}
+    (folder / "items_ins_v2.json").write_text(json.dumps({"B000000001": {"attributes": ["red"]} | asked}))
+    return folder
+
+
+def edited_model(source, folder, *drop):
+    """A copy of the model folder without the files `drop`."""
+    return shutil.copytree(source, folder, ignore=lambda *_: drop)
+
+
+def make_file(path):
+    path.write_text("")
+    return path
+
+
+def questions(folder):
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text('{"question": "x?", "golden_answers": ["y"]}\n' * 2)
+    return folder
+
+
+SIZES = {"customization_options": {"size": [{"value": "s"}, {"value": "m"}]}}
+# name: (flags of a good run that are replaced, what the sentence must name); t: an empty folder, m: a good model
+BAD_INPUT = {
+    "unknown environment": lambda t, m: ({"env": "chess"}, "--env 'chess'"),
+    "unknown method": lambda t, m: ({"method": "ppo"}, "--method 'ppo'"),
+    "unknown gate": lambda t, m: ({"gate": "wide"}, "--gate 'wide'"),
+    "unknown device": lambda t, m: ({"device": "abacus"}, "abacus"),
+    "missing model": lambda t, m: ({"model": t / "nowhere"}, "nowhere"),
+    "model without tokenizer": lambda t, m: ({"model": edited_model(
+        m, t / "bare", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")}, "bare"),
+    "model without chat template": lambda t, m: ({"model": edited_model(m, t / "mute", "chat_template.jinja")}, "mute"),
+    "model without weights": lambda t, m: ({"model": edited_model(m, t / "empty", "model.safetensors")}, "empty"),
+    "retriever that nothing asks": lambda t, m: ({"retriever": "http://127.0.0.1:9"}, "webshop searches nothing"),
+    "retriever without a scheme": lambda t, m: ({"env": "search", "retriever": "127.0.0.1"}, "http://127.0.0.1:8000"),
+    "questions without a retriever": lambda t, m: ({"env": "search", "data": questions(t / "q")}, "no corpus.jsonl"),
+    "more turns than the environment plays": lambda t, m: ({"max_turns": 16}, "--max_turns 16"),
+    "games without a folder": lambda t, m: ({"env": "alfworld", "data": t / "houses"}, "houses"),
+    "missing data": lambda t, m: ({"data": t / "shelf"}, "shelf"),
+    "malformed products": lambda t, m: ({"data": shop(t / "shelf", "[{")}, "items_shuffle.json"),
+    "catalogue without a goal": lambda t, m: ({"data": shop(t / "shelf", [PRODUCT], instruction=False)}, "shelf"),
+    "too few training tasks": lambda t, m: ({"data": shop(t / "shelf", [PRODUCT | SIZES])}, "--tasks"),
+    "group of one": lambda t, m: ({"group_size": 1}, "--group_size"),
+    "negative lambda": lambda t, m: ({"sdar_coef": -0.1}, "--sdar_coef"),
+    "learning rate that is not a number": lambda t, m: ({"lr": "nan"}, "--lr"),
+    "temperature zero": lambda t, m: ({"temperature": 0}, "--temperature"),
+    "infinite temperature": lambda t, m: ({"temperature": "inf"}, "--temperature"),
+    "skills without general.md": lambda t, m: ({"skills": t}, "general.md"),
+    "prompt limit too small": lambda t, m: ({"max_prompt_tokens": 20}, "--max_prompt_tokens"),
+    "too many evaluation tasks": lambda t, m: ({"eval_tasks": 501}, "--eval_tasks"),
+    "a flag without effect": lambda t, m: ({"method": "grpo", "gate_beta": 2}, "--gate_beta"),
+    "exact divergence to an early teacher": lambda t, m: ({"surrogate": "rkl", "teacher": "rollout"}, "--teacher"),
+    "evaluation flags without evaluations": lambda t, m: ({"eval_every": 0}, "--eval_tasks"),
+    "out is a file": lambda t, m: ({"out": make_file(t / "taken")}, "taken"),
+    "out below a file": lambda t, m: ({"out": make_file(t / "taken") / "run"}, "taken"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_sentence_that_names_the_culprit(name, model_folder, tmp_path, capsys):
+    changes, culprit = BAD_INPUT[name](tmp_path, model_folder)
+    refused(sdar.main, flags(model_folder, tmp_path / "run", **changes), culprit, capsys)
+    assert not (tmp_path / "run").exists()  # so that the corrected command can use the folder
+
+

@@ -1,0 +1,238 @@
+"""Tests of behaviour cloning (tools/clone.py) and of what makes the bundled model (tools/tiny.py)."""
+
+import collections
+import copy
+import dataclasses
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import envs
+import sdar
+from conftest import lines_of, refused, same, weights_of
+from lib import experts, models
+from test_runs import interrupt_in, questions
+from test_sdar import own_logp
+from tools import clone, tiny
+
+
+def clone_config(**changes):
+    return clone.clone_config({"model": "tiny", "out": "x"} | changes)
+
+
+# -------------------------------------------------------------------------------------------------------------- cloning
+
+@pytest.mark.parametrize("weak", [0.0, 1.0])
+@pytest.mark.parametrize("name", list(envs.ENVIRONMENTS))
+def test_what_a_demonstration_says_is_read_back_as_its_action(name, weak):
+    source, rng = clone.make_source(clone_config(env=name, weak=weak)), random.Random(0)
+    for _ in range(30):
+        turns = clone.demonstrated_turns(source, rng)
+        assert len(turns) <= 4
+        for _, skills, thought, action in turns:
+            assert envs.parse_action(name, experts.write_answer(name, thought, action)) == (action, True)
+            assert skills == "" and 1 <= len(thought.split()) <= 9
+
+
+def test_the_experts_demonstrations_hold_the_skills_and_weak_ones_do_not(policy):
+    rng, seen = random.Random(0), collections.Counter()
+    for weak in (0.5, 1.0, 0.0):
+        source = clone.make_source(clone_config(weak=weak, max_prompt_tokens=2048))
+        for _ in range(20):
+            lessons = clone.demonstrations(policy.chat, source, rng)
+            shown = {"Skills:" in policy.chat.tokenizer.decode(lesson.prompt_ids) for lesson in lessons}
+            assert len(shown) <= 1 and all(one.response_ids[-1] == policy.chat.tokenizer.eos_token_id for one in lessons)
+            seen[weak, shown.pop() if shown else None] += 1
+    assert seen[0.5, True] > 3 and seen[0.5, False] > 3 and seen[1.0, False] >= 19 and seen[0.0, False] >= 19
+
+
+def test_cloning_lowers_the_experts_loss(policy):
+    moving = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
+    cfg = clone_config(tokens=3000, lr=5e-3, steps=200, max_prompt_tokens=2048)
+    lessons = clone.expert_lessons(policy.chat, clone.make_source(cfg))(50)
+    assert 3000 <= clone.count_tokens(lessons) < 6000
+    optimizer = sdar.make_optimizer(moving.model, cfg)
+    losses = [clone.clone_step(moving, optimizer, cfg, lessons, 50)["clone/loss"] for _ in range(6)]
+    own = torch.cat([own_logp(policy.model, one.prompt_ids, one.response_ids) for one in lessons]).mean().item()
+    assert losses[0] == pytest.approx(-own, rel=1e-4) and losses[-1] < 0.8 * losses[0]
+
+
+def clone_flags(model_folder, out, **changes):
+    values = {"model": model_folder, "out": out, "steps": 3, "tokens": 2000, "lr": 0.01, "threads": 1,
+              "save_every": 1} | changes
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+def test_cloning_writes_a_model_folder_and_is_resumed_bit_for_bit(model_folder, tmp_path, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert clone.main(clone_flags(model_folder, whole)) == 0
+    assert f"--model {whole}" in capsys.readouterr().out and [e["step"] for e in lines_of(whole)] == [1, 2, 3]
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, clone, "clone_step", call=2)
+        assert clone.main(clone_flags(model_folder, parts)) == 130
+    assert f"python -m tools.clone --resume {parts}" in capsys.readouterr().out
+    assert clone.main(["--resume", str(parts)]) == 0
+    assert same(weights_of(parts), weights_of(whole)) and lines_of(parts) == lines_of(whole)
+    assert not same(weights_of(whole), weights_of(model_folder))
+    assert models.read_model(str(whole))[1].chat_template  # what sdar.py --model and eval.py load
+    refused(clone.main, clone_flags(model_folder, whole), f"--resume {whole}", capsys)
+    refused(clone.main, ["--resume", str(whole), "--lr", "1"], "--lr 1.0 contradicts", capsys)
+
+
+@pytest.mark.parametrize("changes, culprit", [
+    ({"env": "chess"}, "--env 'chess'"), ({"weak": 1.5}, "--weak"), ({"skills": "x"}, "--weak 0 shows no skills"),
+    ({"steps": 0}, "--steps"), ({"tokens": 0}, "--tokens"), ({"model": "nowhere/at/all"}, "nowhere/at/all"),
+    ({"env": "search", "data": "rows"}, "No scripted player")])
+def test_bad_input_of_cloning_is_one_sentence(changes, culprit, model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (questions(tmp_path / "rows") / "corpus.jsonl").write_text('{"contents": "y"}\n')
+    refused(clone.main, clone_flags(model_folder, "run", **changes), culprit, capsys)
+    assert not Path("run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- the bundled model
+
+@pytest.fixture(scope="module")
+def sources():
+    return tiny.make_sources(tiny_config())
+
+
+def tiny_config(**changes):
+    return clone.clone_config({"model": "tiny", "out": "x", "steps": 100} | changes, tiny.TinyConfig)
+
+
+@pytest.fixture(scope="module")
+def untrained(sources):
+    """(model, tokenizer) as the bundled model starts."""
+    torch.manual_seed(0)
+    return tiny.new_model(sources, vocabulary=700, episodes=30)
+
+
+@pytest.fixture(scope="module")
+def words(untrained, sources):
+    return tiny.Words(sdar.Chat(untrained[1]), sources, sample=60)
+
+
+def test_an_untrained_models_first_heads_look_one_and_two_tokens_back(untrained):
+    model = copy.deepcopy(untrained[0])
+    model.set_attn_implementation("eager")
+    attention = model(torch.randint(0, 700, (1, 300)), output_attentions=True).attentions[0][0]  # [heads, L, L]
+    at = torch.arange(3, 300)
+    for head, back in ((0, 1), (1, 2)):
+        assert (attention[head, at].argmax(-1) == at - back).all() and attention[head, at, at - back].mean() > 0.9
+    assert attention[2, at, at - 1].mean() < 0.2
+
+
+def test_joined_variants_of_a_word_have_one_vector_apart_from_a_common_difference(untrained):
+    model, tokenizer = copy.deepcopy(untrained[0]), untrained[1]
+    tiny.join_variants(model, tokenizer, 0)
+    embedding, ids = model.get_input_embeddings().weight, tokenizer.get_vocab()
+    known = [word for word in ids if "Ġ" + word in ids]
+    differences = torch.stack([embedding[ids[word]] - embedding[ids["Ġ" + word]] for word in known])
+    assert sorted(tiny.variants(tokenizer)) == sorted((ids["Ġ" + word], ids[word]) for word in known)
+    assert len(known) >= 20 and (differences - differences[0]).abs().max() < 1e-6 < 1e-3 < differences.abs().max()
+
+
+def test_the_new_tokenizer_keeps_labels_whole_and_is_the_same_after_saving_and_loading(untrained, tmp_path):
+    model, tokenizer = untrained
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = "[kora-limu] Lamp $20.97, 1024<think>use every detail</think><action>click[red] é\n</action>"
+    chat = sdar.Chat(tokenizer)
+    for other in (chat, sdar.Chat(models.read_model(str(tmp_path))[1])):
+        assert other.prompt(text) == chat.prompt(text) and other.tokenizer.decode(other.encode(text)) == text
+    page, action = chat.encode("color [black] [red]"), chat.encode("<action>click[black]</action>")
+    label = action[action.index(chat.encode("click[")[-1]) + 1:-2]
+    assert any(page[i:i + len(label)] == label for i in range(len(page)))
+
+
+def test_the_copy_task_repeats_a_stretch_of_the_prompt():
+    for lesson in tiny.copy_task(range(700), random.Random(0), apart=20):
+        stretch, prompt = lesson.prompt_ids[-1:] + lesson.response_ids, lesson.prompt_ids
+        assert len(stretch) >= 2 and any(prompt[i:i + len(stretch)] == stretch for i in range(len(prompt) - 1))
+
+
+def test_substituted_words_are_the_same_ones_in_prompt_and_answer_and_all_else_stays(untrained, sources, words):
+    chat, rng, changed = sdar.Chat(untrained[1]), random.Random(0), 0
+    lessons = [one for source in sources for _ in range(10) for one in clone.demonstrations(chat, source, rng)]
+    for lesson in lessons:
+        new = words.substitute(lesson, rng)
+        before, after = lesson.prompt_ids + lesson.response_ids, new.prompt_ids + new.response_ids
+        assert len(lesson.prompt_ids) == len(new.prompt_ids) and len(before) == len(after)
+        other = dict(zip(before, after))
+        assert tuple(other[number] for number in before) == after  # one token always becomes the same one
+        moved = {number for number, to in other.items() if number != to}
+        copied = words.words(lesson.response_ids) & words.words(lesson.prompt_ids)
+        assert words.words(moved) <= copied - words.common
+        assert all(other[a] in words.of and words.of[other[a]] == words.of[other[b]]
+                   for a, b in words.of.values() if {a, b} <= moved)
+        changed += bool(moved)
+    assert changed > len(lessons) / 4 and not moved & set(chat.tokenizer.added_tokens_decoder)
+
+
+COPIED = {"alfworld": r"<think>( \w+) (?:found|missing|inside|elsewhere|away|reached|closed)",
+          "search": r"<think>( [^,:]+)(?:: | no,| \d+,)", "webshop": r"use every detail.*search\[an?( [^]]+)"}
+
+
+def test_what_an_answer_copies_is_the_same_tokens_as_in_the_prompt(untrained, sources):
+    chat, rng = sdar.Chat(untrained[1]), random.Random(0)
+    for source in sources:
+        lessons = [lesson for _ in range(20) for lesson in clone.demonstrations(chat, source, rng)]
+        found = [(one, re.search(COPIED[source.cfg.env], chat.tokenizer.decode(one.response_ids))) for one in lessons]
+        copies = [(lesson, chat.encode(match[1])) for lesson, match in found if match]
+        assert len(copies) >= 5
+        for lesson, ids in copies:
+            for whole in (lesson.prompt_ids, lesson.response_ids):
+                assert any(whole[i:i + len(ids)] == ids for i in range(len(whole))), chat.tokenizer.decode(ids)
+
+
+def test_what_prompts_are_made_of_is_common_and_what_tasks_name_is_not(untrained, words):
+    common = {untrained[1].decode([number]).strip() for word in words.common for number in word}
+    assert {"Task", "go", "click", "1", "search"} <= common and not {"spatula", "laptop", "lavender"} & common
+
+
+def test_a_whole_lesson_is_predicted_from_its_first_token_on_with_prompts_at_a_tenth(policy):
+    lessons = [tiny.whole(clone.Lesson((5, 6, 7), (8, 9), [1.0, 1.0])), tiny.whole(clone.Lesson((5, 6), (9,), [1.0]))]
+    assert [(one.prompt_ids, one.response_ids) for one in lessons] == [((5,), (6, 7, 8, 9)), ((5,), (6, 9))]
+    assert [one.weights for one in lessons] == [[0.1, 0.1, 1, 1], [0.1, 1]]
+    cfg = tiny_config(lr=1e-9)
+    moving = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
+    found = clone.clone_step(moving, torch.optim.SGD(moving.model.parameters(), lr=0), cfg, lessons, 0)["clone/loss"]
+    own = [own_logp(policy.model, one.prompt_ids, one.response_ids) for one in lessons]
+    assert found == pytest.approx(-(own[0][2:].sum() + own[1][1]).item() / 3, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_new_models_batches_are_the_same_in_every_process():
+    code = ("import hashlib, sdar\n"
+            "from tools import clone, tiny\n"
+            "cfg = clone.clone_config({'model': 'tiny', 'out': 'x', 'steps': 100}, tiny.TinyConfig)\n"
+            "sources = tiny.make_sources(cfg)\n"
+            "model, tokenizer = tiny.new_model(sources, vocabulary=1500, episodes=200)\n"
+            "policy = sdar.Policy(model, sdar.Chat(tokenizer), frozenset(), 'cpu', False)\n"
+            "lessons_of = tiny.curriculum(policy, cfg, sources, tiny.Words(policy.chat, sources, sample=60))\n"
+            "lessons = [(one.prompt_ids, one.response_ids) for step in (9, 10, 30, 90) for one in lessons_of(step)]\n"
+            "print(hashlib.sha256(repr(lessons).encode()).hexdigest())")
+    seen = [subprocess.run([sys.executable, "-c", code], cwd=Path(sdar.__file__).parent, capture_output=True, text=True,
+                           env=os.environ | {"PYTHONHASHSEED": seed}) for seed in ("1", "2")]
+    assert seen[0].stdout == seen[1].stdout and len(seen[0].stdout.strip()) == 64, seen[0].stderr
+
+
+@pytest.mark.slow
+def test_the_program_makes_a_small_model_and_resumes_after_the_copy_task(tmp_path, monkeypatch):
+    make = tiny.new_model
+    monkeypatch.setattr(tiny, "new_model", lambda sources: make(sources, vocabulary=600, episodes=10))
+    arguments = ["--steps", "12", "--tokens", "1000", "--save_every", "5", "--threads", "1", "--out"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert clone.main([*arguments, str(whole)], tiny.make_tiny) == 0
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, clone, "clone_step", call=4)
+        assert clone.main([*arguments, str(parts)], tiny.make_tiny) == 130
+    assert clone.main(["--resume", str(parts)], tiny.make_tiny) == 0
+    assert same(weights_of(parts), weights_of(whole)) and lines_of(parts) == lines_of(whole)

@@ -1,0 +1,235 @@
+"""Behaviour cloning (SFT) of an environment's scripted expert, for models that can't hold the answer format yet.
+
+    python -m tools.clone --env webshop --model HuggingFaceTB/SmolLM2-135M-Instruct --steps 100 --out runs/cloned
+    python sdar.py --env webshop --model runs/cloned
+
+--out becomes a model folder; its clone.json, metrics.jsonl and checkpoint-N/ let --resume go on bit for bit. Log-probs,
+batching and packing are those of sdar.py. Wherever the expert's play is not the whole story (a bundled model, a second
+environment), hand `run` another function from step to lessons: tools/tiny.py does.
+"""
+
+import argparse
+import itertools
+import math
+import random
+import re
+import sys
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import envs
+import kernels
+import sdar
+from lib import runs
+from lib.runs import UserError
+from lib.settings import add_options, check_values, option
+
+
+@dataclass
+class CloneConfig(sdar.Config):
+    """sdar.Config, of which cloning uses what FLAGS names, and what it needs besides."""
+
+    steps: int = option(100, "optimiser steps", at_least=1)
+    lr: float = option(1e-5, "peak learning rate: 50 steps of warm-up, then a cosine to a tenth", above=0)
+    tokens: int = option(32768, "tokens per step, prompts included", at_least=1)
+    weak: float = option(0.0, "share of demonstrations by a weak demonstrator, without skills in the prompt; the "
+                         "others are the expert's, with skills. 0: all are the expert's, without skills",
+                         at_least=0, at_most=1)
+    save_every: int = option(200, "steps between checkpoints", at_least=1)
+    kl_coef: float = option(0.0, "not used: cloning has no reference model")
+    teacher: str = option("none", "not used: cloning has no teacher")
+
+
+FLAGS = ("env", "data", "model", "device", "dtype", "threads", "history", "history_observations", "max_prompt_tokens",
+         "retrieval", "skills", "steps", "lr", "tokens", "weak", "weight_decay", "max_grad_norm", "micro_tokens",
+         "recompute", "seed", "out", "save_every", "report_to")
+SETTINGS = "clone.json"
+FOR_TINY = {"lr": 3e-3, "tokens": 6144}
+
+
+def clone_config(explicit, kind=CloneConfig):
+    """Explicit settings -> kind, with the prompt settings that sdar.py would use. Raises UserError if they can't be."""
+    env, model = (explicit.get(name, kind.__dataclass_fields__[name].default) for name in ("env", "model"))
+    if env not in envs.ENVIRONMENTS:
+        raise UserError(f"--env {env!r} is unknown; choose from {', '.join(envs.ENVIRONMENTS)}.")
+    prompts = {name: value for name, value in sdar.defaults(env, model).items()
+               if name in FLAGS and name not in ("steps", "lr")}
+    cfg = kind(**(prompts | (FOR_TINY if model == "tiny" else {}) | explicit))
+    cfg.out = cfg.out or runs.free_folder(f"{env}-clone-{cfg.seed}")
+    check_values(cfg)
+    for name in ("skills", "retrieval"):
+        if name in explicit and not cfg.weak:
+            raise UserError(f"--{name} would do nothing here, since --weak 0 shows no skills: leave it out.")
+    return cfg
+
+
+# ------------------------------------------------------------------------------------------------------- demonstrations
+
+class Source(NamedTuple):
+    """Where demonstrations come from: an environment, with all that its prompts need."""
+
+    cfg: CloneConfig
+    env: object
+    skills: dict  # task type -> text
+
+
+def make_source(cfg):
+    env = sdar.make_env(cfg)
+    return Source(cfg, env, sdar.load_skills(cfg, env.task_types))
+
+
+@dataclass(eq=False)
+class Lesson:
+    """A text to be imitated: each token of response_ids after prompt_ids, with a weight each. It batches like a Row."""
+
+    prompt_ids: tuple
+    response_ids: tuple
+    weights: list  # [T]; 1 for what counts as an answer
+    teacher_ids: tuple = ()
+
+
+def demonstrated_turns(source, rng, noise=0.15, most=4):
+    """At most `most` turns of one episode of the expert, or, with the probability cfg.weak, of the weak demonstrator
+    -> [(context, skills, thought, action)].
+
+    The expert's prompt holds the skills if there are weak demonstrations to tell it from. One move in seven is not
+    cloned: a random one, the last one again, or one whose last number, if it ends with one, is raised by one. They lead
+    to the observations from which one must find back, and to those where nothing happened. Raises UserError where the
+    environment raises, as one without an expert does.
+    """
+    cfg, env, skills = source
+    weak = rng.random() < cfg.weak
+    size = sdar.guard(sdar.Task("train", 0, 0), "counting tasks", env.num_tasks, "train")
+    task = sdar.Task("train", rng.randrange(size), 0)
+    observation, info = sdar.guard(task, "reset", env.reset, options={"split": task.split, "task_id": task.task_id})
+    text = skills[info["task_type"]] if cfg.weak and not weak else ""
+    turns, past, over = [], [], False
+    while not over:
+        context = sdar.turn_context(cfg, info, observation, past)
+        thought, action = sdar.guard(task, "demonstration", env.demonstrate, rng, weak)
+        if rng.random() < noise:
+            again = past[-1][1] if past else action
+            beyond = re.sub(r"\d+$", lambda number: str(int(number[0]) + 1), action)  # "go to shelf 3", if there is one
+            slip = rng.choice([again, beyond])
+            action = slip if rng.random() < 0.6 else envs.random_move(info["admissible"], rng) or action
+        else:
+            turns.append((context, text, thought, action))
+        over = past[-1:] == [(observation, action)]  # a player that repeats itself has given up, and would fill a batch
+        past.append((observation, action))
+        observation, _, terminated, truncated, info = sdar.guard(task, f"action {action!r}", env.step, action)
+        over |= terminated or truncated
+    return rng.sample(turns, min(most, len(turns)))
+
+
+def demonstrations(chat, source, rng):
+    """Turns of one episode -> a Lesson each: the prompt as sdar.py makes it, the answer as its parser reads it."""
+    lessons = []
+    for context, skills, thought, action in demonstrated_turns(source, rng):
+        _, ids = sdar.fit_prompt(chat, source.cfg, context, skills)
+        answer = chat.encode(envs.write_answer(source.cfg.env, thought, action)) + (chat.tokenizer.eos_token_id,)
+        lessons.append(Lesson(ids, answer, [1.0] * len(answer)))
+    return lessons
+
+
+def count_tokens(lessons):
+    return sum(len(lesson.prompt_ids) + len(lesson.response_ids) for lesson in lessons)
+
+
+def expert_lessons(chat, source):
+    """-> a function from step to about cfg.tokens tokens of demonstrations: whole episodes, drawn by (seed, step)."""
+    def lessons_of(step):
+        rng, lessons = random.Random(f"{source.cfg.seed} demonstrations {step}"), []
+        while count_tokens(lessons) < source.cfg.tokens:
+            lessons += demonstrations(chat, source, rng)
+        return lessons
+
+    return lessons_of
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+def clone_step(policy, optimizer, cfg, lessons, step):
+    """One optimiser step of likelihood -> metrics. The loss is the mean over the tokens that count as answers."""
+    num_tokens = sum(lesson.weights.count(1.0) for lesson in lessons)
+    optimizer.zero_grad(set_to_none=True)
+    policy.model.train(cfg.recompute)  # transformers recomputes activations in train mode only
+    total = 0.0
+    for micro_batch in sdar.micro_batches(lessons, cfg.micro_tokens):
+        members = list(itertools.chain(*micro_batch))
+        batch = sdar.pack_rows(policy, micro_batch)
+        weight = sdar.join_tokens(members, {lesson: lesson.weights for lesson in members}, policy.device)  # [N]
+        logp, _ = kernels.fused_logprob(*sdar.head_inputs(policy, policy.model, batch), batch.targets)
+        loss = -(weight * logp).sum() / num_tokens
+        loss.backward()
+        total -= logp.detach()[weight == 1].sum().item() / num_tokens
+    policy.model.eval()
+    lr = cfg.lr * min(1, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * step / cfg.steps))
+    norm = sdar.optimizer_step(policy.model, optimizer, lr, cfg)
+    return {"clone/loss": total, "clone/grad_norm": norm, "clone/tokens": count_tokens(lessons)}
+
+
+def run(cfg, policy, lessons_of, folder=None, checkpoint=None, command="python -m tools.clone"):
+    """cfg.steps steps on lessons_of(step) -> the folder, which is a model folder in the end.
+
+    folder, checkpoint: the run to go on with. Ctrl-C and a UserError save the whole steps.
+    """
+    optimizer = sdar.make_optimizer(policy.model, cfg)
+    folder = folder or runs.create_run(cfg, sdar.__version__, SETTINGS)
+    done = runs.restore(checkpoint, policy.model, optimizer) if checkpoint else 0
+    print(f"cloning into {folder}, {cfg.steps} steps on {policy.device}", flush=True)
+    with runs.Run(folder, policy.model, policy.chat.tokenizer, optimizer, cfg, done, command) as open_run:
+        for step in range(done, cfg.steps):
+            start = time.perf_counter()
+            lessons = lessons_of(step)
+            with runs.uninterrupted():
+                metrics = clone_step(policy, optimizer, cfg, lessons, step)
+                seconds = time.perf_counter() - start
+                open_run.finish_step(
+                    metrics | {"time/step": seconds}, f"step {step + 1:4d}/{cfg.steps}  loss "
+                    f"{metrics['clone/loss']:.4f}  {metrics['clone/tokens'] / seconds:.0f} tokens/s")
+    policy.model.save_pretrained(folder)
+    policy.chat.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def parse(argv, description, kind, flags, fixed=None):
+    """Command line -> (cfg, folder, checkpoint), the last two None unless --resume is given.
+
+    fixed: settings that are not flags, for a new run. Raises UserError.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, from its last checkpoint")
+    add_options(parser, kind, flags, {"tiny": FOR_TINY})
+    explicit = vars(parser.parse_args(argv))
+    resume = explicit.pop("resume")
+    if resume:
+        cfg, folder, checkpoint = runs.reopen(resume, explicit, kind, ("threads", "report_to"), SETTINGS)
+        check_values(cfg)
+        return cfg, folder, checkpoint
+    return clone_config((fixed or {}) | explicit, kind), None, None
+
+
+def clone(argv):
+    cfg, folder, checkpoint = parse(argv, __doc__, CloneConfig, FLAGS)
+    source = make_source(cfg)
+    demonstrated_turns(source, random.Random(0))  # raises now if the tasks have no expert
+    policy = sdar.load_policy(cfg)
+    folder = run(cfg, policy, expert_lessons(policy.chat, source), folder, checkpoint)
+    print(f"saved in {folder}; train it: python sdar.py --env {cfg.env} --model {folder}")
+
+
+def main(argv=None, program=clone):
+    """The command line. Returns the exit status; bad input is one sentence on standard error and status 2."""
+    try:
+        program(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # what was done is saved
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
