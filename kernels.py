@@ -127,12 +127,11 @@ def check_inputs(hiddens, weight, targets, temperature):
     for name, x in {**hiddens, "weight": weight}.items():
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2:
             raise TypeError(f"{name} must be a 2-D floating-point tensor, got {describe(x)}")
-        if x.device != weight.device:
-            raise ValueError(f"{name} is on {x.device} but weight is on {weight.device}; move them to one device")
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.dim() != 1:
         raise TypeError(f"targets must be a 1-D int64 tensor, got {describe(targets)}")
-    if targets.device != weight.device:
-        raise ValueError(f"targets is on {targets.device} but weight is on {weight.device}; move them to one device")
+    for name, x in {**hiddens, "targets": targets}.items():
+        if x.device != weight.device:
+            raise ValueError(f"{name} is on {x.device} but weight is on {weight.device}; move them to one device")
     if len(weight) == 0:
         raise ValueError(f"weight needs a row per vocabulary entry, got shape {tuple(weight.shape)}")
     for name, x in hiddens.items():
@@ -200,11 +199,11 @@ class Scores(NamedTuple):
     entropy: Tensor
     top: Tensor  # largest of the student's logits
     log_sum: Tensor  # s = (z - top) - log_sum; top + log_sum would lose digits where logits are far from zero
-    teacher_logp: Tensor | None
-    teacher_top: Tensor | None
-    teacher_log_sum: Tensor | None
-    divergence: Tensor | None
-    centre: Tensor | None  # the mean that dD subtracts: rkl for rkl, sum p (s - m) for jsd
+    teacher_logp: Tensor | None = None
+    teacher_top: Tensor | None = None
+    teacher_log_sum: Tensor | None = None
+    divergence: Tensor | None = None
+    centre: Tensor | None = None  # the mean that dD subtracts: rkl for rkl, sum p (s - m) for jsd
 
 
 class Backend(NamedTuple):
@@ -382,12 +381,8 @@ def merge(parts, fields):
     m = x["m"].amax(0)
     moved = x["m"] - m  # [parts, n], <= 0: by how much every u of a part changes
     down = moved.exp()
-    whole = {
-        "m": m,
-        "s": (down * x["s"]).sum(0),
-        "e": (down * (x["e"] + x["s"] * moved)).sum(0),
-        "zy": x["zy"].sum(0),
-    }
+    whole = {"m": m, "s": (down * x["s"]).sum(0), "zy": x["zy"].sum(0)}
+    whole["e"] = (down * (x["e"] + x["s"] * moved)).sum(0)
     if "m_T" in fields:
         m_t = x["m_T"].amax(0)
         moved_t = x["m_T"] - m_t
@@ -409,7 +404,7 @@ def finish(statistics, fields, divergence, mixture=None):
     log_s = x["s"].log()
     logp, entropy = (x["zy"] - x["m"]) - log_s, log_s - x["e"] / x["s"]
     if "m_T" not in fields:
-        return Scores(logp, entropy, x["m"], log_s, None, None, None, None, None)
+        return Scores(logp, entropy, x["m"], log_s)
     log_s_t = x["s_T"].log()
     teacher_logp = (x["zy_T"] - x["m_T"]) - log_s_t
     value = centre = None
@@ -565,7 +560,7 @@ if triton is not None:
     @triton.jit
     def _column(table, field, rows, N):
         """table[field, rows] of a table [fields, N], as a column [n, 1]."""
-        return tl.load(table + field * tl.cast(N, tl.int64) + rows, mask=rows < N, other=0.0)[:, None]
+        return tl.load(table + rows + field * tl.cast(N, tl.int64), mask=rows < N, other=0.0)[:, None]
 
     @triton.jit
     def _logits(student, teacher, weight, rows, cols, N, D, V, stride_s, stride_t, stride_w, scale,
@@ -601,9 +596,8 @@ if triton is not None:
         number = tl.program_id(0) // row_blocks
         y = tl.load(targets + rows, mask=rows < N, other=-1)
         lowest, zero = tl.full((BLOCK_N,), LOWEST, tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-        m, s, e, zy = lowest, zero, zero, zero
-        mt, st, zty = lowest, zero, zero
-        r, f = zero, zero
+        m, s, e, zy = lowest, zero, zero, zero  # STUDENT
+        mt, st, zty, r, f = lowest, zero, zero, zero, zero  # TEACHER, CROSS
         for start in range(number * strip, tl.minimum((number + 1) * strip, V), BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
             real = (cols < V)[None, :]
@@ -633,7 +627,7 @@ if triton is not None:
         at = partials + number.to(tl.int64) * N + rows
         step = tl.num_programs(0) // row_blocks * tl.cast(N, tl.int64)  # from one field to the next
         kept = rows < N
-        tl.store(at, m, mask=kept)  # in the order of STUDENT, TEACHER, CROSS
+        tl.store(at, m, mask=kept)
         tl.store(at + step, s, mask=kept)
         tl.store(at + 2 * step, e, mask=kept)
         tl.store(at + 3 * step, zy, mask=kept)
@@ -727,7 +721,7 @@ TILES = {  # kernel: its tile for half precision, for fp32
     "gradient_fkl": (Tile(64, 128, 64, 8, 3), Tile(32, 64, 32, 8, 2)),
     "gradient_jsd": (Tile(64, 128, 64, 8, 3), Tile(32, 64, 32, 8, 2)),
 }
-EXCEPTIONS = {  # architecture: where its tiles for half precision differ
+OWN_TILES = {  # architecture: where its tiles for half precision differ
     "sm_80": {"pair_kl": Tile(32, 128, 64, 8, 3), "gradient": Tile(128, 64, 64, 8, 3)},
     "sm_89": {"pair": Tile(128, 64, 64, 8, 3), "pair_kl": Tile(32, 128, 64, 8, 3), "gradient": Tile(128, 64, 64, 8, 3)},
     "sm_90": {"one_sided": Tile(128, 64, 64, 8, 3), "gradient": Tile(128, 64, 64, 8, 3)},
@@ -737,7 +731,7 @@ EXCEPTIONS = {  # architecture: where its tiles for half precision differ
 
 
 def architecture_of(device):
-    """The key of EXCEPTIONS for a device: its own architecture's, or the closest older one's."""
+    """The key of OWN_TILES for a device: its own architecture's, or the closest older one's."""
     if device.type != "cuda":
         return "sm_80"  # interpreted: any
     if torch.version.hip:
@@ -746,13 +740,9 @@ def architecture_of(device):
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_89" if (major, minor) == (8, 9) else "sm_80"
 
 
-def blocks(length, size):
-    return -(-length // size)
-
-
 def choose_tile(name, architecture, half):
     """The tile of a kernel of TILES; half: whether its operands are half precision."""
-    return EXCEPTIONS[architecture].get(name, TILES[name][0]) if half else TILES[name][1]
+    return OWN_TILES[architecture].get(name, TILES[name][0]) if half else TILES[name][1]
 
 
 def tile_for(problem, name):
@@ -767,7 +757,7 @@ def launch(kernel, problem, tile, column_programs, tensors, column, **flags):
     """
     student, weight = problem.student, problem.weight
     teacher = student if problem.teacher is None else problem.teacher  # never read where there is none
-    kernel[(blocks(len(student), tile.rows) * column_programs,)](
+    kernel[(triton.cdiv(len(student), tile.rows) * column_programs,)](
         student, teacher, weight, *tensors, len(student), student.shape[1], len(weight), column,
         student.stride(0), teacher.stride(0), weight.stride(0), problem.scale, **flags,
         BLOCK_N=tile.rows, BLOCK_V=tile.cols, BLOCK_D=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
@@ -777,8 +767,8 @@ def launch(kernel, problem, tile, column_programs, tensors, column, **flags):
 def by_strips(kernel, problem, name, fields, tensor, **flags):
     """What a kernel finds in each of about STRIPS parts of the vocabulary, [fields, strips, n]."""
     tile, vocab = tile_for(problem, name), len(problem.weight)
-    strip = blocks(vocab, STRIPS * tile.cols) * tile.cols  # columns, a multiple of the tile's
-    strips = blocks(vocab, strip)
+    strip = triton.cdiv(vocab, STRIPS * tile.cols) * tile.cols  # columns, a multiple of the tile's
+    strips = triton.cdiv(vocab, strip)
     partials = problem.weight.new_empty(fields, strips, len(problem.targets), dtype=torch.float32)
     launch(kernel, problem, tile, strips, (tensor, partials), strip, **flags)
     return partials
@@ -816,8 +806,8 @@ def triton_gradient(problem, scores, upstream, kept):
         r, c = len(part.student), len(part.weight)
         dz = out[: r * c].view(r, c)
         tensors = problem.targets[rows], per_token[:, rows].contiguous(), dz
-        launch(_gradient_kernel, part, tile, blocks(c, tile.cols), tensors, columns.start,
-               DIVERGENCE=problem.divergence or "none")
+        flags = {"DIVERGENCE": problem.divergence or "none"}
+        launch(_gradient_kernel, part, tile, triton.cdiv(c, tile.cols), tensors, columns.start, **flags)
         return dz
 
     return gradient_of
