@@ -1,0 +1,1 @@
+"""What envs.py, sdar.py and the tools build on: files that a first reading may skip."""

@@ -1,0 +1,1 @@
+"""Programs beside the main ones, run as python -m tools.NAME."""
