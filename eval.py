@@ -1,9 +1,9 @@
-"""Plays the whole fixed panel with one model, with and without skills in its prompt, and compares two such results.
+"""Plays the fixed evaluation set with one model, with and without skills in its prompt, and compares two such results.
 
     python eval.py tiny
 
     tiny on webshop (generated tasks, not the official ones)
-    128 tasks of val, panel ac853f6b6743, T=0.4, episodes a task 1, seed 0
+    128 tasks of val, evaluation set ac853f6b6743, T=0.4, 1 episode per task, seed 0
 
     with skills in the prompt
       task type      n  success [95 %]          score [95 %]                 turns     invalid  unfinished
@@ -18,12 +18,12 @@
     python eval.py --compare runs/webshop-sdar-0/checkpoint-30/eval.json runs/webshop-grpo-0/checkpoint-30/eval.json
 
 A checkpoint inside a run folder is played under its run's own settings (environment, data, skills, prompt, limits,
-seed); any other model under the defaults of sdar.py. Flags of the same names as there change either. A result holds
-every episode, so that two results on one panel can be compared task by task: the same tasks are easy or hard for both,
-and pairing takes that out of the noise.
+seed); any other model under the defaults of sdar.py. Flags of the same names override either. A result holds every
+episode, so that two results on one evaluation set can be compared task by task: the same tasks are easy or hard for
+both, and pairing takes that out of the noise.
 
-Intervals are 95 % ones: Wilson's for a success rate of one episode a task, else percentiles of a bootstrap over tasks
-(10,000 resamples, fixed seed), which want some tens of tasks. They hold for this checkpoint on tasks like these;
+Intervals are 95 % intervals: Wilson's for a success rate of one episode per task, else percentiles of a bootstrap over
+tasks (10,000 resamples, fixed seed), which needs a few dozen tasks. They hold for this checkpoint on tasks like these;
 another training seed adds noise of its own.
 """
 
@@ -41,8 +41,11 @@ import numpy as np
 from tqdm import tqdm
 
 import sdar
+from lib import runs
+from lib.runs import UserError
+from lib.settings import add_options
 
-FORMAT = "sdar eval 1"  # marks result files
+FORMAT = "sdar eval 2"  # marks result files
 Z = NormalDist().inv_cdf(0.975)
 RESAMPLES, BLOCK = 10_000, 100  # resamples of a bootstrap, and how many are held in memory at once
 
@@ -113,8 +116,8 @@ def summarise(outcomes):
 def difference(first, second):
     """Paired difference first - second of two outcome lists -> {"success": ..., "score": ...}, each a dict.
 
-    p is McNemar's, for success with one episode a task on both sides, else None. `shown` needs the interval to exclude
-    0, and p < 0.05 where there is one: with few discordant tasks the bootstrap is too sure of itself, the exact test
+    p is McNemar's, for success with one episode per task on both sides, else None. `shown` needs the interval to
+    exclude 0, and p < 0.05 where there is one: with few discordant tasks the bootstrap is too sure of itself, the exact test
     is not.
     """
     result = {}
@@ -151,35 +154,33 @@ def print_difference(title, result):
 
 CONDITIONS = {"without": "without skills", "with": "with skills in the prompt"}
 
-# Settings of sdar.Config that decide an episode, and those that say where it is played; flags under the same names.
+# Settings of sdar.Config that decide an episode, and all that are flags here under the same names.
 SETTINGS = ("env", "data", "retriever", "skills", "retrieval", "max_turns", "history", "history_observations",
             "max_prompt_tokens", "max_response_tokens", "check_admissible", "seed", "dtype", "rollout_batch")
-MACHINE = ("device", "threads")
+FLAGS = (*SETTINGS, "device", "threads", "eval_tasks", "eval_temperature")
 
 
 def evaluation_config(model, explicit):
     """Model and explicitly given settings -> Config: that of the run around a checkpoint, else sdar's defaults."""
     folder = Path(model).absolute()
-    if model == "new":
-        raise sdar.UserError("new is an untrained model: give a checkpoint of sdar.py --model new --sft_steps N.")
-    if (folder / "metrics.jsonl").is_file():
-        names = ", ".join(path.name for path in sdar.checkpoints(folder)) or "none yet"
-        raise sdar.UserError(f"{model} is a run folder: give one of the checkpoints in it ({names}).")
-    panel = {"eval_tasks": sdar.Config.eval_tasks, "eval_temperature": sdar.Config.eval_temperature}
+    explicit = {"eval_tasks": sdar.Config.eval_tasks, "eval_temperature": sdar.Config.eval_temperature,
+                "model": model} | explicit
     if not folder.name.startswith("checkpoint-"):
-        return sdar.make_config(panel | {"model": model} | explicit)
+        return sdar.make_config(explicit)
     if not (folder / "config.json").is_file():
-        raise sdar.UserError(f"There is no checkpoint {model} (no config.json in it): give one that sdar.py saved.")
-    run = sdar.read_run_config(folder.parent)
+        raise UserError(f"There is no checkpoint {model} (no config.json in it): give one that sdar.py saved.")
+    run = runs.read_settings(folder.parent, sdar.Config)
     if explicit.get("env", run.env) != run.env:
         run = sdar.move(run, explicit["env"])
-    cfg = dataclasses.replace(run, **panel | {"model": model} | explicit)
-    sdar.validate(cfg, {}, {field.name: field for field in dataclasses.fields(sdar.Config)})
+    cfg = dataclasses.replace(run, **explicit)
+    if cfg.retrieval == "none":  # a run without a teacher, which is to be shown the same skills as the others
+        cfg.retrieval = sdar.Config.retrieval
+    sdar.validate(cfg)
     return cfg
 
 
-def panel_hash(env, tasks):
-    """SHA-256 (hex) over split, id, instruction and goal of every task: equal exactly if the panels are.
+def evaluation_set_hash(env, tasks):
+    """SHA-256 (hex) over split, id, instruction and goal of every task: equal exactly if the tasks are.
 
     Resets env to each task. The goal is env.goal, or None where the environment has no such attribute.
     """
@@ -191,7 +192,7 @@ def panel_hash(env, tasks):
 
 
 def play(policy, cfg, environments, tasks, repeats, skills, bar):
-    """sdar.rollout over the panel, `repeats` times with seeds of their own -> a JSON-ready dict per episode."""
+    """sdar.rollout over the tasks, `repeats` times, each with its own seed -> a JSON-ready dict per episode."""
     outcomes = []
     for repeat in range(repeats):
         episodes = sdar.rollout(policy, environments, tasks, cfg, temperature=cfg.eval_temperature, skills=skills,
@@ -205,35 +206,31 @@ def play(policy, cfg, environments, tasks, repeats, skills, bar):
 def free_to_write(out, settings):
     """Raises UserError unless `out` can be written without losing a result of other settings."""
     if not out.parent.is_dir():
-        raise sdar.UserError(f"There is no folder {out.parent} for the result: make it, or choose another with --out.")
+        raise UserError(f"There is no folder {out.parent} for the result: make it, or choose another with --out.")
     if out.exists():
         unlike = changes(read_result(out), settings)
         if unlike:
-            raise sdar.UserError(f"{out} holds another evaluation (there | here: {unlike}): choose a file with --out.")
+            raise UserError(f"{out} holds another evaluation (there | here: {unlike}): choose a file with --out.")
 
 
 def changes(first, second):
     """What differs in the settings of two results, for a message: 'seed 0 | 1, max_turns 15 | 30'."""
-    a, b = ({name: result[name] for name in ("model", "panel", "conditions")} | result["sampling"] |
+    a, b = ({name: result[name] for name in ("model", "evaluation_set", "conditions")} | result["sampling"] |
             {name: result["config"].get(name) for name in SETTINGS} for result in (first, second))
     return ", ".join(f"{name} {a[name]} | {b[name]}" for name in a if a[name] != b[name])
 
 
 def evaluate(model, options):
-    """Plays the panel under the command line's options, prints the tables, writes the result file -> its dict."""
-    named = SETTINGS + MACHINE + ("eval_tasks", "eval_temperature")
-    explicit = {name: options[name] for name in named if name in options}
-    cfg = evaluation_config(model, explicit)
-    if cfg.retrieval == "none":  # a run without a teacher, which is to be shown the same skills as the others
-        cfg = dataclasses.replace(cfg, retrieval=sdar.Config.retrieval)
+    """Plays the evaluation set under the given options, prints the tables, writes the result file -> its dict."""
+    cfg = evaluation_config(model, {name: options[name] for name in FLAGS if name in options})
     repeats, split = options.get("repeats", 1), options.get("split", "val")
     if repeats < 1 or repeats > 1 and cfg.eval_temperature == 0:
-        raise sdar.UserError(f"--repeats is {repeats}, but must be at least 1, and 1 with --temperature 0, whose "
-                             "episodes are all alike.")
+        raise UserError(f"--repeats is {repeats}, but must be at least 1, and 1 with --temperature 0, whose episodes "
+                        "are all alike.")
     conditions = [name for name in CONDITIONS if options.get("condition", "both") in (name, "both")]
     env = sdar.make_env(cfg)
-    tasks = sdar.panel_tasks(cfg, env, split)
-    settings = {"model": model, "panel": panel_hash(env, tasks), "conditions": conditions,
+    tasks = sdar.evaluation_tasks(cfg, env, split)
+    settings = {"model": model, "evaluation_set": evaluation_set_hash(env, tasks), "conditions": conditions,
                 "sampling": {"split": split, "tasks": len(tasks), "repeats": repeats, "seed": cfg.seed,
                              "temperature": cfg.eval_temperature}, "config": dataclasses.asdict(cfg)}
     title = Path(model).absolute().name
@@ -252,21 +249,27 @@ def evaluate(model, options):
     if len(conditions) == 2:
         summary["with - without"] = difference(outcomes["with"], outcomes["without"])
         print_difference("with - without skills", summary["with - without"])
-    result = {"format": FORMAT} | settings | {"provenance": sdar.provenance(), "summary": summary, "outcomes": outcomes}
+    result = {"format": FORMAT, **settings, "provenance": runs.provenance(sdar.__version__), "summary": summary,
+              "outcomes": outcomes}
+    write_result(out, result)
+    return result
+
+
+def write_result(out, result):
     try:
         out.write_text(json.dumps(result, indent=1))
     except OSError as error:
-        raise sdar.UserError(f"{out} cannot be written ({error.strerror}): choose another file with --out.") from error
+        raise UserError(f"{out} cannot be written ({error.strerror}): choose another file with --out.") from error
     print(f"\nsaved in {out}")
-    return result
 
 
 def headline(result):
     cfg, sampling = result["config"], result["sampling"]
     tasks = f"data in {cfg['data']}" if cfg["data"] else "generated tasks, not the official ones"
     how = f"T={sampling['temperature']:g}" if sampling["temperature"] else "greedy"
-    return (f"{result['model']} on {cfg['env']} ({tasks})\n{sampling['tasks']} tasks of {sampling['split']}, panel "
-            f"{result['panel'][:12]}, {how}, episodes a task {sampling['repeats']}, seed {sampling['seed']}")
+    episodes = f"{sampling['repeats']} episode{'s' * (sampling['repeats'] > 1)} per task"
+    return (f"{result['model']} on {cfg['env']} ({tasks})\n{sampling['tasks']} tasks of {sampling['split']}, "
+            f"evaluation set {result['evaluation_set'][:12]}, {how}, {episodes}, seed {sampling['seed']}")
 
 
 # ----------------------------------------------------------------------------------------------------------- comparison
@@ -276,23 +279,24 @@ def read_result(path):
     try:
         result = json.loads(Path(path).read_text())
     except OSError as error:
-        raise sdar.UserError(f"The result file {path} cannot be read ({error.strerror}).") from error
+        raise UserError(f"The result file {path} cannot be read ({error.strerror}).") from error
     except ValueError as error:
-        raise sdar.UserError(f"{path} is no JSON file, so no result of eval.py ({error}).") from error
+        raise UserError(f"{path} is not a JSON file, so not a result of eval.py ({error}).") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise sdar.UserError(f"{path} was not written by this version of eval.py (format {FORMAT!r}).")
+        raise UserError(f"{path} was not written by this version of eval.py (format {FORMAT!r}).")
     return result
 
 
 def compare(first_path, second_path):
     """Prints the paired difference of two result files per condition that both have -> {condition: difference(...)}."""
     first, second = read_result(first_path), read_result(second_path)
-    if first["panel"] != second["panel"]:
-        raise sdar.UserError(f"{first_path} and {second_path} were made on different panels ({first['panel'][:12]} and "
-                             f"{second['panel'][:12]}): only results on the same tasks can be compared.")
+    sets = [side["evaluation_set"][:12] for side in (first, second)]
+    if first["evaluation_set"] != second["evaluation_set"]:
+        raise UserError(f"{first_path} and {second_path} were made on different evaluation sets "
+                        f"({' and '.join(sets)}): only results on the same tasks can be compared.")
     shared = [name for name in first["conditions"] if name in second["conditions"]]
     if not shared:
-        raise sdar.UserError(f"{first_path} and {second_path} have no condition in common: evaluate both with the same "
+        raise UserError(f"{first_path} and {second_path} have no condition in common: evaluate both with the same "
                              "--condition.")
     print(f"A  {first_path}: {headline(first)}\nB  {second_path}: {headline(second)}")
     print(f"settings that differ, A | B: {changes(first, second) or 'none'}")
@@ -317,18 +321,18 @@ def parse_args(argv):
     parser.add_argument("--temperature", "--eval_temperature", dest="eval_temperature", type=float,
                         help=f"0 is greedy (default {sdar.Config.eval_temperature})")
     parser.add_argument("--tasks", "--eval_tasks", dest="eval_tasks", type=int,
-                        help=f"the first so many of the split (default {sdar.Config.eval_tasks})")
-    parser.add_argument("--repeats", type=int, help="episodes a task, with seeds of their own (default 1)")
-    parser.add_argument("--split", help="(default val)")
+                        help=f"the first N of the split (default {sdar.Config.eval_tasks})")
+    parser.add_argument("--repeats", type=int, help="episodes per task, each with its own seed (default 1)")
+    parser.add_argument("--split", help="default val")
     parser.add_argument("--out", help="result file (default: eval.json in a checkpoint, else ./eval-<model>.json)")
-    sdar.add_options(parser, SETTINGS + MACHINE)
+    add_options(parser, sdar.Config, set(FLAGS) - {"eval_tasks", "eval_temperature"})
     options = vars(parser.parse_args(argv))
     if "compare" in options and (options["model"] or len(options) > 2):
-        raise sdar.UserError("--compare A.json B.json stands alone: leave the model and every other option out.")
+        raise UserError("--compare A.json B.json stands alone: leave the model and every other option out.")
     if "compare" not in options and options["model"] is None:
-        raise sdar.UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-30, ...), or --compare A.json B.json.")
+        raise UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-30, ...), or --compare A.json B.json.")
     if options.get("retrieval") == "none":
-        raise sdar.UserError("--retrieval none shows no skills: use --condition without.")
+        raise UserError("--retrieval none shows no skills: use --condition without.")
     return options
 
 
@@ -340,7 +344,7 @@ def main(argv=None):
             compare(*options["compare"])
         else:
             evaluate(options["model"], options)
-    except sdar.UserError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

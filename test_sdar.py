@@ -1,5 +1,5 @@
-"""Tests of the method, on CPU, in the order of the equations: advantages, policy loss, KL, gate and distillation; packing,
-training step, prompts and skills, rollout; the loss block and README's snippets. The other tests are in tests/.
+"""Tests of the method, on CPU, in the order of the equations: advantages, policy loss, KL, gate and distillation;
+packing, training step, prompts and skills, rollout; the loss block and README's snippets. Other tests are in tests/.
 """
 
 import copy

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from lib.runs import UserError, first_sentence
+from lib.runs import UserError, checkpoints, first_sentence, is_run
 
 
 def choose_device(name):
@@ -24,6 +24,9 @@ def read_model(path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar()
+    if is_run(path):
+        names = ", ".join(checkpoint.name for checkpoint in checkpoints(path)) or "none yet"
+        raise UserError(f"{path} is a run folder: give one of the checkpoints in it ({names}).")
     parent = Path(path).parent
     looks_local = parent.is_dir() if parent != Path(".") else Path(path).exists()
     looks_local |= path.startswith((".", "/", "~")) or path.count("/") > 1

@@ -38,7 +38,7 @@ def optional(module, package):
     try:
         return import_module(module)
     except ImportError as error:
-        raise UserError(f"{module} is not installed: pip install {package}") from error
+        raise UserError(f"{module} is not installed: pip install {package}.") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -89,6 +89,12 @@ def read_settings(run, kind, name="config.json"):
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{path} was not written by this version of the program ({error}): start a new run, or go on "
                         "with the version that its provenance names.") from error
+
+
+def is_run(folder):
+    """Whether a folder is a run of sdar.py, whose config.json is not a model's."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and (path.parent / "metrics.jsonl").is_file() and '"provenance"' in path.read_text()
 
 
 def reopen(folder, explicit, kind, changeable, name="config.json"):

@@ -1,6 +1,5 @@
-"""Tests of a run as a whole: its folder, resuming, stopping, bad input, the other environments, and the house's order."""
+"""Tests of a run as a whole: its folder, resuming, stopping, bad input, and the other environments."""
 
-import ast
 import json
 import math
 import os
@@ -17,11 +16,7 @@ import torch
 import envs
 import sdar
 from conftest import config, flags, lines_of, refused, same, weights_of
-from lib import official, retrieval, runs
-from tools import clone
-
-ROOT = Path(sdar.__file__).parent
-
+from lib import retrieval, runs
 
 @pytest.fixture(scope="module")
 def straight(model_folder, tmp_path_factory):
@@ -61,8 +56,9 @@ def test_a_run_folder_holds_config_metrics_curve_episodes_and_loadable_checkpoin
     assert same(weights_of(straight / "checkpoint-0"), weights_of(model_folder))
 
 
-def test_a_run_folder_is_not_a_model_and_the_default_one_is_the_first_that_is_free(straight, tmp_path, monkeypatch, capsys):
-    refused(sdar.main, flags(straight, tmp_path / "run"), "give one of the checkpoints in it (checkpoint-0, checkp", capsys)
+def test_a_run_folder_is_not_a_model_and_the_default_one_is_the_first_that_is_free(
+        straight, tmp_path, monkeypatch, capsys):
+    refused(sdar.main, flags(straight, tmp_path / "run"), "one of the checkpoints in it (checkpoint-0, checkp", capsys)
     monkeypatch.chdir(tmp_path)
     assert sdar.make_config({"seed": 3}).out == "runs/webshop-sdar-3"
     Path("runs/webshop-sdar-3").mkdir(parents=True)
@@ -166,13 +162,14 @@ def test_folders_that_hold_another_run_or_none_are_refused(straight, model_folde
     for arguments, culprit in cases:
         refused(sdar.main, arguments, culprit, capsys)
     stored = json.loads((straight / "config.json").read_text())
-    for config_file, culprit in ((stored, "no checkpoint"), (stored | {"sft_steps": 0}, "was not written by this version")):
+    for config_file, culprit in ((stored, "no checkpoint"), (stored | {"sft_steps": 0}, "not written by this version")):
         (tmp_path / "config.json").write_text(json.dumps(config_file))
         refused(sdar.main, ["--resume", str(tmp_path)], culprit, capsys)
     assert before == {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
 
 
-def test_metrics_go_to_tensorboard_when_asked_and_a_missing_library_is_named(model_folder, tmp_path, capsys, monkeypatch):
+def test_metrics_go_to_tensorboard_when_asked_and_a_missing_library_is_named(
+        model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     refused(sdar.main, flags(model_folder, tmp_path / "a", report_to="tensorboard"), "pip install tensorboard", capsys)
     sent = []

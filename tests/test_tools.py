@@ -47,7 +47,8 @@ def test_the_experts_demonstrations_hold_the_skills_and_weak_ones_do_not(policy)
         for _ in range(20):
             lessons = clone.demonstrations(policy.chat, source, rng)
             shown = {"Skills:" in policy.chat.tokenizer.decode(lesson.prompt_ids) for lesson in lessons}
-            assert len(shown) <= 1 and all(one.response_ids[-1] == policy.chat.tokenizer.eos_token_id for one in lessons)
+            assert len(shown) <= 1
+            assert all(one.response_ids[-1] == policy.chat.tokenizer.eos_token_id for one in lessons)
             seen[weak, shown.pop() if shown else None] += 1
     assert seen[0.5, True] > 3 and seen[0.5, False] > 3 and seen[1.0, False] >= 19 and seen[0.0, False] >= 19
 
@@ -96,7 +97,7 @@ def test_bad_input_of_cloning_is_one_sentence(changes, culprit, model_folder, tm
     assert not Path("run").exists()
 
 
-# ----------------------------------------------------------------------------------------------------- the bundled model
+# ---------------------------------------------------------------------------------------------------- the bundled model
 
 @pytest.fixture(scope="module")
 def sources():

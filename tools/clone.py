@@ -21,7 +21,7 @@ from typing import NamedTuple
 import envs
 import kernels
 import sdar
-from lib import runs
+from lib import experts, runs
 from lib.runs import UserError
 from lib.settings import add_options, check_values, option
 
@@ -112,7 +112,7 @@ def demonstrated_turns(source, rng, noise=0.15, most=4):
             again = past[-1][1] if past else action
             beyond = re.sub(r"\d+$", lambda number: str(int(number[0]) + 1), action)  # "go to shelf 3", if there is one
             slip = rng.choice([again, beyond])
-            action = slip if rng.random() < 0.6 else envs.random_move(info["admissible"], rng) or action
+            action = slip if rng.random() < 0.6 else experts.random_move(info["admissible"], rng) or action
         else:
             turns.append((context, text, thought, action))
         over = past[-1:] == [(observation, action)]  # a player that repeats itself has given up, and would fill a batch
@@ -127,7 +127,7 @@ def demonstrations(chat, source, rng):
     lessons = []
     for context, skills, thought, action in demonstrated_turns(source, rng):
         _, ids = sdar.fit_prompt(chat, source.cfg, context, skills)
-        answer = chat.encode(envs.write_answer(source.cfg.env, thought, action)) + (chat.tokenizer.eos_token_id,)
+        answer = chat.encode(experts.write_answer(source.cfg.env, thought, action)) + (chat.tokenizer.eos_token_id,)
         lessons.append(Lesson(ids, answer, [1.0] * len(answer)))
     return lessons
 
