@@ -13,18 +13,15 @@
 
     with - without skills, paired by task
       success +0.805 [+0.727, +0.875]  p 5.23e-30 (McNemar)  a difference
-      score   +0.473 [+0.427, +0.519]  a difference
 
     python eval.py --compare runs/webshop-sdar-0/checkpoint-30/eval.json runs/webshop-grpo-0/checkpoint-30/eval.json
 
 A checkpoint inside a run folder is played under its run's own settings (environment, data, skills, prompt, limits,
 seed); any other model under the defaults of sdar.py. Flags of the same names override either. A result holds every
 episode, so that two results on one evaluation set can be compared task by task: the same tasks are easy or hard for
-both, and pairing takes that out of the noise.
-
-Intervals are 95 % intervals: Wilson's for a success rate of one episode per task, else percentiles of a bootstrap over
-tasks (10,000 resamples, fixed seed), which needs a few dozen tasks. They hold for this checkpoint on tasks like these;
-another training seed adds noise of its own.
+both, and pairing takes that out of the noise. Intervals are 95 % intervals: Wilson's for a success rate of one episode
+per task, else percentiles of a bootstrap over tasks (10,000 resamples, fixed seed), which needs a few dozen tasks.
+They hold for this checkpoint on tasks like these; another training seed adds noise of its own.
 """
 
 import argparse
@@ -116,9 +113,8 @@ def summarise(outcomes):
 def difference(first, second):
     """Paired difference first - second of two outcome lists -> {"success": ..., "score": ...}, each a dict.
 
-    p is McNemar's, for success with one episode per task on both sides, else None. `shown` needs the interval to
-    exclude 0, and p < 0.05 where there is one: with few discordant tasks the bootstrap is too sure of itself, the exact test
-    is not.
+    p is McNemar's, for success with one episode per task on both sides, else None. `shown` needs an interval without 0
+    and, where there is a p, p < 0.05: with few discordant tasks the bootstrap is too sure of itself, the test is not.
     """
     result = {}
     for key, measure in (("won", "success"), ("score", "score")):

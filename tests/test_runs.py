@@ -18,6 +18,7 @@ import sdar
 from conftest import config, flags, lines_of, refused, same, weights_of
 from lib import retrieval, runs
 
+
 @pytest.fixture(scope="module")
 def straight(model_folder, tmp_path_factory):
     """A run of four steps without interruption."""

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_runs import interrupt_in, questions
 
 import envs
 import sdar
 from conftest import lines_of, refused, same, weights_of
 from lib import experts, models
-from test_runs import interrupt_in, questions
 from test_sdar import own_logp
 from tools import clone, tiny
 

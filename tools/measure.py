@@ -1,16 +1,17 @@
 """The README's measurements and its learning curve. Run from the repository's root; each writes results/<name>.json:
 
-    python results/measure.py step               a GRPO step against TRL's (pip install trl datasets accelerate)
-    python results/measure.py webshop            steps a second, loading
-    python results/measure.py alfworld           steps a second, reset and parsing; players of the generated tasks;
-                                                 its own engine beside ours if it is there (pip install alfworld)
-    python results/measure.py bm25               ranks beside bm25s and rank-bm25 (pip install bm25s rank-bm25)
-    TRITON_INTERPRET=1 python results/measure.py liger       errors beside fused_linear_jsd (pip install liger-kernel)
-    python results/measure.py curves RUN RUN ..  success on the panel of some finished runs; draws results/curve.png too
+    python -m tools.measure step               a GRPO step against TRL's (pip install trl datasets accelerate)
+    python -m tools.measure webshop            steps per second, loading
+    python -m tools.measure alfworld           steps per second, reset and parsing; players of the generated tasks; its
+                                               own engine beside ours if it is there (pip install alfworld)
+    python -m tools.measure bm25               ranks beside bm25s and rank-bm25 (pip install bm25s rank-bm25)
+    TRITON_INTERPRET=1 python -m tools.measure liger       errors beside fused_linear_jsd (pip install liger-kernel)
+    python -m tools.measure curves RUN RUN ..  success on the evaluation set in finished runs; draws results/curve.png
 
 Ours and TRL's steps run in this one process, block by block in turn: the ratio is fair where the seconds are not.
 """
 
+import functools
 import json
 import platform
 import random
@@ -23,11 +24,14 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
+import kernels
 import sdar
+from lib import generated, retrieval, runs
+from lib.official import ALFWORLD_SPLITS, load_game, read_task
+from tools import bench_kernels
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY, PROMPT, NEW, SAMPLES, GROUP = 2048, 200, 16, 64, 8  # 64 samples in groups of 8, 200 + 16 tokens
 
 
@@ -44,7 +48,7 @@ def sdar_steps(count):
     """Seconds of each of `count` GRPO steps of sdar.py: sampling, random returns, update."""
     cfg = sdar.make_config({"model": "tiny", "method": "grpo", "max_response_tokens": NEW, "lr": 1e-4})
     policy = sdar.Policy(small_model().eval(), None, frozenset([1]), torch.device("cpu"), False)
-    optimizer, rng, stamps = sdar.make_optimizer(policy.model, cfg.lr, cfg), random.Random(0), [time.perf_counter()]
+    optimizer, rng, stamps = sdar.make_optimizer(policy.model, cfg), random.Random(0), [time.perf_counter()]
     for step in range(count):
         groups = [tuple(rng.randrange(3, VOCABULARY) for _ in range(PROMPT)) for _ in range(SAMPLES // GROUP)]
         prompts = [prompt for prompt in groups for _ in range(GROUP)]
@@ -94,7 +98,7 @@ def measure_step(count=8):
         ours += sdar_steps(count)
         theirs += trl_steps(count)
     ratio = statistics.median(ours) / statistics.median(theirs)
-    print(f"sdar.py {statistics.median(ours):.3f} s a step, TRL {statistics.median(theirs):.3f} s, ratio {ratio:.2f} "
+    print(f"sdar.py {statistics.median(ours):.3f} s per step, TRL {statistics.median(theirs):.3f} s, ratio {ratio:.2f} "
           f"(medians of {len(ours)}, {torch.get_num_threads()} threads)")
     from importlib.metadata import version
     shape = {"vocabulary": VOCABULARY, "prompt": PROMPT, "new": NEW, "samples": SAMPLES, "group": GROUP,
@@ -133,14 +137,14 @@ def measure_alfworld(repeats=20):
     """The recorded commands of data/golden/alfworld, admissible commands included, on one core."""
     import gzip
     records = [json.loads(gzip.decompress(path.read_bytes()))
-               for path in sorted((HERE.parent / "data" / "golden" / "alfworld").glob("*.json.gz"))]
+               for path in sorted((ROOT / "data" / "golden" / "alfworld").glob("*.json.gz"))]
     parsing, resets, seconds, steps, env = [], [], 0.0, 0, envs.ALFWorld()
     with tempfile.TemporaryDirectory() as folder:
         for number, record in enumerate(records):
             path = Path(folder) / f"{number}.tw-pddl"
             path.write_text(json.dumps(record["game"]))
             start = time.perf_counter()
-            envs.load_game(path)
+            load_game(path)
             parsing.append(time.perf_counter() - start)
             for kind in ("plan", "walk") * repeats:
                 start = time.perf_counter()
@@ -190,16 +194,16 @@ def beside_official_engine(records):
     with tempfile.TemporaryDirectory() as folder:
         for number, record in enumerate(records):
             path = Path(folder) / f"{number}.tw-pddl"
-            task = envs.read_task(record["game"]["grammar"], path)
+            task = read_task(record["game"]["grammar"], path)
             path.write_text(json.dumps(record["game"] | {
                 "pddl_domain": domain, "walkthrough": [],
                 "grammar": grammar.replace("UNKNOWN GOAL.", task)}))
             ours = envs.ALFWorld()
             official = textworld.start(str(path), wanted, [alfred_tw_env.AlfredDemangler(), alfred_tw_env.AlfredInfos])
-            envs.load_game(path)  # read the file before the clock starts, as textworld.start has
+            load_game(path)  # read the file before the clock starts, as textworld.start has
             for kind in ("plan", "walk"):
                 commands = [entry["command"] for entry in record[kind]["steps"][1:]]
-                answers = play("ours", lambda: ours.reset(options={"game": path}), ours.step,
+                answers = play("ours", functools.partial(ours.reset, options={"game": path}), ours.step,
                                lambda answer: (answer[0], answer[-1]["admissible"]), commands)
                 theirs = play("official", official.reset, official.step, official_answer, commands)
                 assert answers == [(text, sorted(possible)) for text, possible in theirs], (path, kind)
@@ -216,19 +220,19 @@ def beside_official_engine(records):
                                          "textworld": version("textworld"), "steps": steps}}
 
 
-def alfworld_players(careless_limit=30):
+def alfworld_players(weak_limit=30):
     """Win rate and steps of the scripted players on all generated tasks, by split and type, and random play's rates."""
     start = time.perf_counter()
-    for split, size in envs.ALFWORLD_SPLITS.items():
+    for split, size in ALFWORLD_SPLITS.items():
         for number in range(size):
-            envs.generate_game(split, number)
-    generating = (time.perf_counter() - start) / sum(envs.ALFWORLD_SPLITS.values())
+            generated.generate_game(split, number)
+    generating = (time.perf_counter() - start) / sum(ALFWORLD_SPLITS.values())
     env, rows = envs.ALFWorld(), []
     players = {"expert": lambda info, rng: env.expert(), "random": lambda info, rng: rng.choice(info["admissible"]),
-               "careless": lambda info, rng: env.demonstrate(rng, careless=True)[1]}
+               "weak": lambda info, rng: env.demonstrate(rng, weak=True)[1]}
     for player, choose in players.items():
-        limit = careless_limit if player == "careless" else envs.ALFWORLD_MAX_STEPS
-        for split, size in envs.ALFWORLD_SPLITS.items():
+        limit = weak_limit if player == "weak" else envs.ALFWORLD_MAX_STEPS
+        for split, size in ALFWORLD_SPLITS.items():
             lengths = {kind: [] for kind in env.task_types}  # of the episodes won; None for those lost
             for number in range(size):
                 rng = random.Random(f"{player} {split} {number}")
@@ -258,24 +262,24 @@ def measure_bm25(shown=(3, 10)):
     import bm25s
     import numpy as np
     from rank_bm25 import BM25Okapi
-    corpus, k1, b = envs.load_corpus(), 0.9, 0.4
-    terms = [envs.search_terms(passage) for passage in corpus.passages]
+    corpus, k1, b = generated.bundled_corpus(), 0.9, 0.4
+    terms = [retrieval.search_terms(passage) for passage in corpus.passages]
     sparse = bm25s.BM25(method="lucene", k1=k1, b=b)
     sparse.index(terms, show_progress=False)
     okapi = BM25Okapi(terms, k1=k1, b=b)
     frequency = {term: len(numbers) for term, (numbers, _) in corpus.postings.terms.items()}
     okapi.idf = {term: math.log(1 + (len(terms) - df + 0.5) / (df + 0.5)) for term, df in frequency.items()}
     others = {"bm25s": sparse.get_scores, "rank-bm25": lambda query: okapi.get_scores(query) / (k1 + 1)}
-    questions = [question.text for split in envs.search_questions().values() for question in split]
+    questions = [question.text for split in generated.search_questions().values() for question in split]
     rows = []
     for name, scores_of in others.items():
         error, same = 0.0, dict.fromkeys(shown, 0)
         for question in questions:
-            ours = envs.bm25_scores(corpus.postings, question).astype(float)
-            theirs = np.asarray(scores_of(envs.search_terms(question)), dtype=float)
+            ours = retrieval.bm25_scores(corpus.postings, question).astype(float)
+            theirs = np.asarray(scores_of(retrieval.search_terms(question)), dtype=float)
             error = max(error, float(np.abs(ours - theirs).max() / ours.max()))
             for k in shown:
-                best = list(envs.bm25(corpus.postings, question, k))
+                best = list(retrieval.bm25(corpus.postings, question, k))
                 same[k] += best == np.argsort(-theirs, kind="stable")[:len(best)].tolist()
         rows.append({"package": name, "version": version(name), "largest_score_error": error}
                     | {f"same_top{k}": same[k] for k in shown})
@@ -291,11 +295,10 @@ def measure_liger(n=64, d=128, v=1064):
     import os
     from importlib.metadata import version
 
-    import kernels
     if os.environ.get("TRITON_INTERPRET") != "1":
         sys.exit("Set TRITON_INTERPRET=1: this comparison runs without a GPU.")
     from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
-    kernels.mend_interpreter()
+    bench_kernels.mend_interpreter()
     rng = torch.Generator().manual_seed(0)
     student, weight = torch.randn(n, d, generator=rng), torch.randn(v, d, generator=rng) / d**0.5
     teacher = student + torch.randn(n, d, generator=rng) / 4
@@ -312,7 +315,7 @@ def measure_liger(n=64, d=128, v=1064):
     rows = []
     for divergence, jsd_beta in (("fkl", 0.0), ("rkl", 1.0), ("jsd", 0.5)):
         exact = [x.double().requires_grad_() for x in (student, weight)]
-        want = kernels.dense_scores(exact[0], teacher.double(), exact[1], targets, 1.0)[divergence].mean()
+        want = bench_kernels.dense_scores(exact[0], teacher.double(), exact[1], targets, 1.0)[divergence].mean()
         want.backward()
         for name, path in (("sdar triton", ours("triton", divergence)), ("sdar torch", ours("torch", divergence)),
                            ("Liger", liger(jsd_beta))):
@@ -322,16 +325,15 @@ def measure_liger(n=64, d=128, v=1064):
             errors = [((x.grad - y.grad).norm() / y.grad.norm()).item() for x, y in zip(inputs, exact)]
             rows.append({"divergence": divergence, "path": name, "loss": abs(loss.item() / want.item() - 1),
                          "d_student": errors[0], "d_weight": errors[1]})
-    kernels.print_rows(rows)
+    bench_kernels.print_rows(rows)
     return {"liger-kernel": version("liger-kernel"), "n": n, "d": d, "v": v, "dtype": "bfloat16",
             "relative_errors": rows}
 
 
-def panel_points(run):
-    """A run folder -> its environment, method, seed, minutes of training and the panel's (step, sampled, greedy)."""
-    cfg = sdar.read_run_config(Path(run))
+def evaluation_points(run):
+    """A run folder -> its environment, method, seed, minutes of training and evaluations (step, sampled, greedy)."""
+    cfg = runs.read_settings(run, sdar.Config)
     entries = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    entries = [entry for entry in entries if entry["phase"] == "rl"]
     points = [(e["step"], e["eval/success"], e["eval/greedy_success"]) for e in entries if "eval/success" in e]
     provenance = json.loads((Path(run) / "config.json").read_text())["provenance"]
     return {"env": cfg.env, "method": cfg.method, "seed": cfg.seed, "threads": cfg.threads, "points": points,
@@ -339,11 +341,11 @@ def panel_points(run):
 
 
 def measure_curves(*runs):
-    """Table and picture, a row of panes an environment: sampled left, greedy right; a thin line a seed, thick means."""
+    """Table and picture, a row of plots per environment: sampled left, greedy right; a thin line per seed."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    found = [panel_points(run) for run in runs]
+    found = [evaluation_points(run) for run in runs]
     names = [name for name in envs.ENVIRONMENTS if any(run["env"] == name for run in found)]
     figure, panes = pyplot.subplots(len(names), 2, figsize=(10, 1 + 2.8 * len(names)), sharey=True, squeeze=False)
     for name, row in zip(names, panes):
@@ -365,7 +367,7 @@ def measure_curves(*runs):
     for pane in panes[-1]:
         pane.set_xlabel("training step")
     figure.tight_layout()
-    figure.savefig(HERE / "curve.png", dpi=120)
+    figure.savefig(ROOT / "results" / "curve.png", dpi=120)
     for run in found:
         (_, first, first_greedy), (step, last, last_greedy) = run["points"][0], run["points"][-1]
         print(f"{run['env']:8} {run['method']:5} seed {run['seed']}: sampled {first:.3f} -> {last:.3f}, greedy "
@@ -378,10 +380,10 @@ def main():
             "liger": measure_liger, "curves": measure_curves}
     name, *arguments = sys.argv[1:] or [""]
     if name not in what or (name == "curves") != bool(arguments):
-        sys.exit("usage: python results/measure.py step | webshop | alfworld | bm25 | liger | curves RUN RUN ..")
-    report = {"command": shlex.join(["python", "results/measure.py", *sys.argv[1:]]), "torch": torch.__version__,
+        sys.exit("usage: python -m tools.measure step | webshop | alfworld | bm25 | liger | curves RUN RUN ..")
+    report = {"command": shlex.join(["python", "-m", "tools.measure", *sys.argv[1:]]), "torch": torch.__version__,
               "python": platform.python_version(), "threads": torch.get_num_threads()}
-    (HERE / f"{name}.json").write_text(json.dumps(report | what[name](*arguments), indent=1) + "\n")
+    (ROOT / "results" / f"{name}.json").write_text(json.dumps(report | what[name](*arguments), indent=1) + "\n")
 
 
 if __name__ == "__main__":

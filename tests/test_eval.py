@@ -1,0 +1,286 @@
+"""Tests of eval.py: intervals and tests of differences, the evaluation set's hash, comparison, command line."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import envs
+import eval as evaluation
+import sdar
+from conftest import refused
+from lib import runs
+
+
+def outcome(task_id, won, *, score=None, kind="lamps", repeat=0, turns=4, invalid=1, done=True):
+    return {"task_id": task_id, "task_type": kind, "repeat": repeat, "won": won,
+            "score": float(won) if score is None else score, "turns": turns, "invalid": invalid, "done": done}
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+@pytest.mark.parametrize("successes, n, low, high",
+                         [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)])
+def test_wilson_intervals_agree_with_known_ones(successes, n, low, high):
+    assert evaluation.wilson(successes, n) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize("successes, n", [(45, 128), (1, 7), (120, 121)])
+def test_the_observed_rate_is_1_96_standard_errors_from_both_ends_of_a_wilson_interval(successes, n):
+    for end in evaluation.wilson(successes, n):
+        assert abs(successes / n - end) == pytest.approx(1.959964 * (end * (1 - end) / n) ** 0.5, rel=1e-5)
+
+
+def test_a_bootstrap_interval_is_as_wide_as_the_normal_one_for_many_values_and_repeatable():
+    values = np.random.default_rng(1).normal(0.3, 2.0, size=400)
+    low, high = evaluation.bootstrap(values)
+    half = evaluation.Z * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+    assert evaluation.bootstrap(values) == (low, high)
+
+
+def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(2)
+    intervals = [evaluation.bootstrap(rng.exponential(1.0, size=60)) for _ in range(100)]
+    assert 87 <= sum(low <= 1.0 <= high for low, high in intervals) <= 99
+
+
+def test_pairing_takes_the_difficulty_of_tasks_out_of_the_interval():
+    easy = np.random.default_rng(3).uniform(size=100)
+    assert evaluation.paired_bootstrap(easy + 0.1, easy) == pytest.approx((0.1, 0.1, 0.1))
+    low, high = evaluation.bootstrap(easy)
+    assert high - low > 0.1
+
+
+def test_mcnemar_is_the_two_sided_binomial_of_the_discordant_tasks():
+    first, second = [1] * 8 + [0] * 2 + [1] * 50, [0] * 8 + [1] * 2 + [1] * 50
+    assert evaluation.mcnemar(first, second) == pytest.approx(2 * (1 + 10 + 45) / 1024)  # 0.109375
+    assert evaluation.mcnemar(second, first) == evaluation.mcnemar(first, second)
+    assert evaluation.mcnemar([1, 0, 1], [1, 0, 1]) == evaluation.mcnemar([1, 0], [0, 1]) == 1.0
+
+
+def test_a_summary_has_a_line_for_each_type_and_one_for_all():
+    outcomes = [outcome(0, True, turns=3, invalid=0), outcome(1, False, score=0.5, turns=5, invalid=2),
+                outcome(2, False, kind="rugs", turns=8, invalid=8, done=False)]
+    table = evaluation.summarise(outcomes)
+    assert list(table) == ["lamps", "rugs", "all"] and table["lamps"]["success_interval"] == evaluation.wilson(1, 2)
+    hand = {"n": [2, 1, 3], "success": [1 / 2, 0, 1 / 3], "score": [0.75, 0, 0.5], "turns": [4, 8, 16 / 3],
+            "invalid": [2 / 8, 1, 10 / 16], "unfinished": [0, 1, 1 / 3]}
+    for name, values in hand.items():
+        assert [line[name] for line in table.values()] == pytest.approx(values)
+
+
+def test_repeats_are_pooled_by_task_so_that_they_do_not_count_as_new_tasks():
+    won = [i % 2 == 0 for i in range(40)]
+    once = [outcome(i, w) for i, w in enumerate(won)]
+    line = evaluation.describe([outcome(i, w, repeat=r) for r in range(4) for i, w in enumerate(won)])
+    assert (line["n"], line["episodes"], line["success"]) == (40, 160, 0.5)
+    assert line["score_interval"] == evaluation.describe(once)["score_interval"]
+    assert line["success_interval"] == evaluation.bootstrap(won)
+    never = evaluation.describe([outcome(i, False, repeat=r) for r in range(2) for i in range(10)])
+    assert never["success_interval"] == evaluation.wilson(0, 10)  # a rate of zero has a width too
+
+
+def test_outcomes_are_paired_by_task_whatever_their_order_and_repeats_have_no_mcnemar():
+    first, second = ([outcome(i, i < 6) for i in order] for order in (range(12), reversed(range(12))))
+    result = evaluation.difference(first, second)["success"]
+    assert result["difference"] == 0 and result["interval"] == (0, 0) and result["p"] == 1
+    twice = [outcome(i, i < 6, repeat=r) for i in range(12) for r in range(2)]
+    assert evaluation.difference(twice, twice)["success"]["p"] is None
+    assert evaluation.difference(first, twice)["success"]["p"] is None
+
+
+def test_four_tasks_won_more_out_of_many_are_no_difference_although_the_bootstrap_excludes_zero():
+    base, better, much = ([outcome(i, i < wins) for i in range(128)] for wins in (60, 64, 80))
+    result = evaluation.difference(better, base)["success"]
+    assert result["interval"][0] > 0 and result["p"] == 0.125 and not result["shown"]
+    result = evaluation.difference(much, base)["success"]
+    assert result["shown"] and result["p"] == pytest.approx(2 / 2 ** 20)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation set
+
+class OneShop:
+    """The part of an environment that the hash reads."""
+
+    def __init__(self, goals):
+        self.goals, self.goal = goals, None
+
+    def reset(self, *, options):
+        self.goal = self.goals[options["task_id"]]
+        return "", {"task": self.goal["text"]}
+
+
+def test_the_hash_changes_with_every_part_of_a_task():
+    def digest(*goals, split="val"):
+        tasks = [sdar.Task(split, i, i) for i in range(len(goals))]
+        return evaluation.evaluation_set_hash(OneShop(goals), tasks)
+
+    lamp = {"text": "a lamp", "price": 20.0, "options": {"color": "red"}}
+    known = digest(lamp, lamp)
+    assert known == digest(dict(reversed(lamp.items())), lamp)  # the order of a goal's fields means nothing
+    others = [digest(lamp), digest(lamp, lamp, split="train"), digest(lamp, lamp | {"text": "a rug"}),
+              digest(lamp, lamp | {"price": 30.0}), digest(lamp, lamp | {"options": {"color": "blue"}})]
+    assert len({known, *others}) == 6
+
+
+HASHES = {"webshop": "ac853f6b67433913", "alfworld": "e3aabcd74147218e", "search": "04110bf443397f5e"}
+
+
+@pytest.mark.parametrize("name", list(envs.ENVIRONMENTS))
+def test_the_evaluation_sets_are_the_ones_that_results_were_measured_on_in_every_process(name):
+    code = ("import eval, sdar\n"
+            f"cfg = sdar.make_config({{'model': 'tiny', 'env': {name!r}, 'out': 'x'}})\n"
+            "env = sdar.make_env(cfg)\n"
+            "print(eval.evaluation_set_hash(env, sdar.evaluation_tasks(cfg, env)))")
+    there = subprocess.run([sys.executable, "-c", code], cwd=Path(evaluation.__file__).parent, capture_output=True,
+                           text=True, env=os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"})
+    assert there.stdout.startswith(HASHES[name]), there.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------- comparison
+
+def result_file(path, won, digest="a" * 64, conditions=("without",), **settings):
+    outcomes = {name: [outcome(i, w) for i, w in enumerate(won)] for name in conditions}
+    cfg = dataclasses.asdict(sdar.make_config({"model": "tiny"} | settings))
+    content = {"format": evaluation.FORMAT, "model": path.stem, "evaluation_set": digest,
+               "conditions": list(conditions), "sampling": {"split": "val", "tasks": len(won), "repeats": 1, "seed": 0,
+                                                                 "temperature": 0.0},
+               "config": cfg, "summary": {name: evaluation.summarise(outcomes[name]) for name in conditions},
+               "outcomes": outcomes}
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_a_comparison_gives_settings_difference_interval_and_p_per_shared_condition(tmp_path, capsys):
+    a = result_file(tmp_path / "a.json", [1] * 30 + [0] * 10, conditions=("without", "with"))
+    b = result_file(tmp_path / "b.json", [1] * 10 + [0] * 30, max_turns=6)
+    assert evaluation.main(["--compare", a, b]) == 0
+    text = capsys.readouterr().out
+    assert "A - B, without skills (success 0.750 and 0.250)" in text and "with skills in the prompt" not in text
+    assert "+0.500" in text and "p 1.91e-06 (McNemar)  a difference" in text and "no difference shown" not in text
+    assert "generated tasks, not the official ones" in text and "greedy" in text
+    assert "settings that differ, A | B: model a | b, conditions" in text and ", max_turns 8 | 6\n" in text
+    a, b = result_file(tmp_path / "a.json", [1, 0] * 20), result_file(tmp_path / "b.json", [0, 1] * 20)
+    assert evaluation.main(["--compare", a, b]) == 0 and capsys.readouterr().out.count("no difference shown") == 2
+
+
+@pytest.mark.parametrize("content, why", [
+    (None, "cannot be read"), ("{", "not a JSON file"), ("[]", "not written by this version"),
+    ('{"format": "other"}', "not written by this version"), ({"digest": "b" * 64}, "(aaaaaaaaaaaa and bbbbbbbbbbbb)"),
+    ({"conditions": ("with",)}, "no condition in common")])
+def test_files_that_cannot_be_compared_are_refused_by_name(tmp_path, capsys, content, why):
+    good, bad = result_file(tmp_path / "good.json", [1, 0]), tmp_path / "bad.json"
+    if isinstance(content, dict):
+        result_file(bad, [1, 0], **content)
+    elif content is not None:
+        bad.write_text(content)
+    refused(evaluation.main, ["--compare", good, str(bad)], why, capsys)
+    refused(evaluation.main, ["--compare", good, str(bad)], str(bad), capsys)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+@pytest.fixture(scope="module")
+def run_folder(model_folder, tmp_path_factory):
+    """A run folder with one checkpoint."""
+    run = tmp_path_factory.mktemp("run") / "run"
+    cfg = sdar.make_config({"model": "tiny", "max_turns": 2, "max_response_tokens": 6, "threads": 1, "seed": 3,
+                            "retrieval": "full", "eval_tasks": 5, "out": str(run)})
+    runs.create_run(cfg, sdar.__version__)
+    policy = sdar.load_policy(dataclasses.replace(cfg, model=str(model_folder)))
+    runs.save_checkpoint(run, policy.model, policy.chat.tokenizer, sdar.make_optimizer(policy.model, cfg), 0)
+    return run
+
+
+@pytest.mark.parametrize("argv, why", [
+    ((), "Give a model"), (("tiny", "--compare", "a", "b"), "stands alone"),
+    (("--compare", "a", "b", "--seed", "1"), "stands alone"), (("tiny", "--repeats", "0"), "--repeats"),
+    (("tiny", "--repeats", "2", "--temperature", "0"), "--repeats"), (("tiny", "--temperature", "-1"), "temperature"),
+    (("tiny", "--tasks", "1000000"), "tasks"), (("tiny", "--env", "chess"), "chess"),
+    (("tiny", "--data", "/nowhere"), "/nowhere"), (("tiny", "--retrieval", "none"), "--condition without"),
+    (("tiny", "--tasks", "2", "--split", "moon"), "moon"), (("./nowhere",), "nowhere"),
+    (("tiny", "--tasks", "2", "--out", "/nowhere/e.json"), "/nowhere"), (("runs/checkpoint-9",), "no checkpoint")])
+def test_bad_input_is_one_sentence_and_status_2(capsys, tmp_path, monkeypatch, argv, why):
+    monkeypatch.chdir(tmp_path)
+    refused(evaluation.main, list(argv), why, capsys)
+
+
+def test_a_run_folder_is_not_a_checkpoint_and_a_checkpoint_needs_its_run(capsys, run_folder, tmp_path):
+    refused(evaluation.main, [str(run_folder)], "(checkpoint-0)", capsys)
+    (tmp_path / "checkpoint-0").mkdir()
+    (tmp_path / "checkpoint-0" / "config.json").write_text("{}")
+    for content in (None, "{", "[]", "{}", '{"provenance": {}, "speed": 9}'):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        refused(evaluation.main, [str(tmp_path / "checkpoint-0")], "config.json", capsys)
+
+
+def test_a_checkpoint_is_played_under_its_runs_settings_a_bare_model_under_defaults_and_flags_override(run_folder):
+    cfg = evaluation.evaluation_config(str(run_folder / "checkpoint-0"), {"max_turns": 9})
+    assert (cfg.max_turns, cfg.max_response_tokens, cfg.seed, cfg.retrieval) == (9, 6, 3, "full")
+    assert (cfg.eval_tasks, cfg.eval_temperature) == (sdar.Config.eval_tasks, sdar.Config.eval_temperature)
+    assert cfg.model == str(run_folder / "checkpoint-0")
+    away = evaluation.evaluation_config(str(run_folder / "checkpoint-0"), {"env": "search"})
+    assert (away.env, away.history, away.seed) == ("search", 4, 3)
+    assert evaluation.evaluation_config("tiny", {}).max_prompt_tokens == 512
+    assert evaluation.evaluation_config("some/model", {}).max_prompt_tokens == sdar.Config.max_prompt_tokens
+
+
+def test_an_evaluation_writes_every_episode_and_can_be_repeated_but_not_overwritten(capsys, run_folder, tmp_path):
+    checkpoint = run_folder / "checkpoint-0"
+    command = [str(checkpoint), "--tasks", "4", "--repeats", "2"]
+    assert evaluation.main(command) == 0
+    text = capsys.readouterr().out
+    assert "generated tasks, not the official ones" in text and "with - without skills" in text and "unfinished" in text
+    result = json.loads((checkpoint / "eval.json").read_text())
+    assert result["sampling"] == {"split": "val", "tasks": 4, "repeats": 2, "seed": 3, "temperature": 0.4}
+    assert set(result["outcomes"]) == {"with", "without"} and result["provenance"]["packages"]["torch"]
+    for outcomes in result["outcomes"].values():
+        assert [(o["task_id"], o["repeat"]) for o in outcomes] == [(i, r) for r in range(2) for i in range(4)]
+        assert all(1 <= o["turns"] <= 2 and 0 <= o["invalid"] <= o["turns"] for o in outcomes)
+    assert result["summary"]["with"]["all"]["n"] == 4 and "with - without" in result["summary"]
+    assert evaluation.main(command) == 0 and json.loads((checkpoint / "eval.json").read_text()) == result
+    refused(evaluation.main, [*command, "--seed", "4"], "seed 3 | 4", capsys)
+    (tmp_path / "notes.txt").write_text("mine")
+    refused(evaluation.main, [*command, "--out", str(tmp_path / "notes.txt")], "not a JSON file", capsys)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_one_greedy_episode_per_task_is_that_of_the_training_loop(run_folder, tmp_path):
+    checkpoint, out = str(run_folder / "checkpoint-0"), tmp_path / "greedy.json"
+    command = [checkpoint, "--tasks", "3", "--temperature", "0", "--condition", "without", "--out", str(out)]
+    assert evaluation.main(command) == 0
+    stored = json.loads(out.read_text())
+    assert stored["conditions"] == ["without"] and set(stored["summary"]) == {"without"}
+    cfg = evaluation.evaluation_config(checkpoint, {"eval_tasks": 3})
+    environments = [sdar.make_env(cfg) for _ in range(3)]
+    episodes = sdar.rollout(sdar.load_policy(cfg), environments, sdar.evaluation_tasks(cfg, environments[0]), cfg,
+                            temperature=0, seed=cfg.seed)
+    assert [(o["won"], o["score"], o["turns"]) for o in stored["outcomes"]["without"]] == [
+        (e.won, e.score, len(e.turns)) for e in episodes]
+
+
+def test_skills_are_shown_in_one_condition_only_and_to_a_run_without_a_teacher_too(run_folder, tmp_path, monkeypatch):
+    stored = json.loads((run_folder / "config.json").read_text())
+    grpo = {"retrieval": "none", "teacher": "none", "method": "grpo"}
+    (tmp_path / "config.json").write_text(json.dumps(stored | grpo))
+    (tmp_path / "checkpoint-1").symlink_to(run_folder / "checkpoint-0")
+    seen, rollout = [], sdar.rollout
+
+    def watched(*args, skills, seed, **options):
+        seen.append((skills, seed))
+        return rollout(*args, skills=skills, seed=seed, **options)
+
+    monkeypatch.setattr(sdar, "rollout", watched)
+    assert evaluation.main([str(tmp_path / "checkpoint-1"), "--tasks", "1", "--repeats", "2",
+                            "--out", str(tmp_path / "e.json")]) == 0
+    (without, first), (_, second), (skills, third), _ = seen
+    assert without is None and first == third == 3 != second  # every repeat has a seed of its own
+    assert all(len(text) > 100 for text in skills.values()) and len(set(skills.values())) > 1
+    assert json.loads((tmp_path / "e.json").read_text())["config"]["method"] == "grpo"
