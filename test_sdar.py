@@ -20,7 +20,6 @@ import sdar
 from conftest import config, same
 
 NO_TEACHER = {"sdar_coef": 0.0, "teacher": "none", "retrieval": "none"}
-README = (Path(sdar.__file__).parent / "README.md").read_text()
 
 
 def update(policy, rows, cfg, optimizer=torch.optim.AdamW, step=0):
@@ -713,16 +712,12 @@ def test_the_block_of_losses_runs_in_an_empty_file():
     assert {"group_advantages", "policy_loss", "kl_loss", "sdar_loss"} <= namespace.keys()
 
 
-def snippets():
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def test_readmes_snippets_run_as_they_stand(policy, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert len(snippets()) >= 2
-    for text in snippets():
-        model = copy.deepcopy(policy.model)
-        namespace = {"model": model}
+def test_readmes_snippets_run_as_they_stand(monkeypatch):
+    monkeypatch.chdir(Path(sdar.__file__).parent)
+    snippets = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    assert len(snippets) == 2
+    for text in snippets:
+        namespace = {}
         exec(text, namespace)
-        moved = [p.grad.norm() for p in model.parameters() if p.grad is not None]
-        assert moved and min(moved) >= 0 and max(moved) > 0, text
+        gradients = [p.grad.norm() for p in namespace["model"].parameters()]
+        assert all(map(torch.isfinite, gradients)) and min(gradients) > 0
