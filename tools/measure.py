@@ -12,7 +12,9 @@ Ours and TRL's steps run in this one process, block by block in turn: the ratio 
 """
 
 import functools
+import importlib.util
 import json
+import os
 import platform
 import random
 import shlex
@@ -20,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -100,7 +103,6 @@ def measure_step(count=8):
     ratio = statistics.median(ours) / statistics.median(theirs)
     print(f"sdar.py {statistics.median(ours):.3f} s per step, TRL {statistics.median(theirs):.3f} s, ratio {ratio:.2f} "
           f"(medians of {len(ours)}, {torch.get_num_threads()} threads)")
-    from importlib.metadata import version
     shape = {"vocabulary": VOCABULARY, "prompt": PROMPT, "new": NEW, "samples": SAMPLES, "group": GROUP,
              "model": "Qwen2 128 x 4"}
     return {"sdar_s": ours, "trl_s": theirs, "ratio_of_medians": ratio, "trl": version("trl"), "shape": shape}
@@ -161,58 +163,66 @@ def measure_alfworld(repeats=20):
             "steps_per_s": steps / seconds} | alfworld_players() | beside_official_engine(records)
 
 
+def play_timed(reset, step, read, commands):
+    """-> (what `read` gives of every answer, seconds of the reset, seconds of the steps)."""
+    start = time.perf_counter()
+    found = [read(reset())]
+    middle = time.perf_counter()
+    found += [read(step(command)) for command in commands]
+    return found, middle - start, time.perf_counter() - middle
+
+
+def official_games(records, folder):
+    """Yields (record, path of its game file, alfworld's own engine on that file)."""
+    import textworld
+    from alfworld.agents.environment import alfred_tw_env
+    from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+    domain, grammar = Path(ALFRED_PDDL_PATH).read_text(), Path(ALFRED_TWL2_PATH).read_text()
+    wanted = textworld.EnvInfos(won=True, admissible_commands=True)
+    for number, record in enumerate(records):
+        path = Path(folder) / f"{number}.tw-pddl"
+        task = read_task(record["game"]["grammar"], path)
+        path.write_text(json.dumps(record["game"] | {
+            "pddl_domain": domain, "walkthrough": [], "grammar": grammar.replace("UNKNOWN GOAL.", task)}))
+        yield record, path, textworld.start(
+            str(path), wanted, [alfred_tw_env.AlfredDemangler(), alfred_tw_env.AlfredInfos])
+
+
 def beside_official_engine(records):
     """Ours and alfworld's engine in turn on the recorded commands: resets and steps, with admissible commands."""
-    try:
-        from alfworld.agents.environment import alfred_tw_env
-        from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
-    except ImportError:
+    if importlib.util.find_spec("alfworld") is None:
         print("alfworld is not installed, so there is no comparison with it: pip install alfworld")
         return {}
-    import os
-    from importlib.metadata import version
-
-    import textworld
-    wanted = textworld.EnvInfos(won=True, admissible_commands=True)
-    domain, grammar = Path(ALFRED_PDDL_PATH).read_text(), Path(ALFRED_TWL2_PATH).read_text()
     seconds, steps, stdout = {"ours": [0.0, 0.0], "official": [0.0, 0.0]}, 0, os.dup(1)  # [resets, steps]
-
-    def play(name, reset, step, read, commands):
-        start = time.perf_counter()
-        found = [read(reset())]
-        middle = time.perf_counter()
-        found += [read(step(command)) for command in commands]
-        seconds[name][0] += middle - start
-        seconds[name][1] += time.perf_counter() - middle
-        return found
 
     def official_answer(state):  # a step gives (state, reward, done)
         state = state if isinstance(state, dict) else state[0]
-        return state["feedback"], state["admissible_commands"]
+        return state["feedback"], sorted(state["admissible_commands"])
 
     os.dup2(2, 1)  # the planner's library writes to the standard output
     with tempfile.TemporaryDirectory() as folder:
-        for number, record in enumerate(records):
-            path = Path(folder) / f"{number}.tw-pddl"
-            task = read_task(record["game"]["grammar"], path)
-            path.write_text(json.dumps(record["game"] | {
-                "pddl_domain": domain, "walkthrough": [],
-                "grammar": grammar.replace("UNKNOWN GOAL.", task)}))
+        for record, path, official in official_games(records, folder):
             ours = envs.ALFWorld()
-            official = textworld.start(str(path), wanted, [alfred_tw_env.AlfredDemangler(), alfred_tw_env.AlfredInfos])
             load_game(path)  # read the file before the clock starts, as textworld.start has
             for kind in ("plan", "walk"):
                 commands = [entry["command"] for entry in record[kind]["steps"][1:]]
-                answers = play("ours", functools.partial(ours.reset, options={"game": path}), ours.step,
-                               lambda answer: (answer[0], answer[-1]["admissible"]), commands)
-                theirs = play("official", official.reset, official.step, official_answer, commands)
-                assert answers == [(text, sorted(possible)) for text, possible in theirs], (path, kind)
+                played = {"ours": play_timed(functools.partial(ours.reset, options={"game": path}), ours.step,
+                                             lambda answer: (answer[0], answer[-1]["admissible"]), commands),
+                          "official": play_timed(official.reset, official.step, official_answer, commands)}
+                assert played["ours"][0] == played["official"][0], (path, kind)
                 steps += len(commands)
+                for name, (_, resetting, stepping) in played.items():
+                    seconds[name] = [seconds[name][0] + resetting, seconds[name][1] + stepping]
     os.dup2(stdout, 1)
-    report = {name: {"reset_s": resets / (2 * len(records)), "steps_per_s": steps / stepping}
-              for name, (resets, stepping) in seconds.items()}
-    ratios = {part: theirs / ours for part, theirs, ours in zip(("resets", "steps"), seconds["official"],
-                                                                seconds["ours"])}
+    return report_beside(seconds, 2 * len(records), steps)
+
+
+def report_beside(seconds, resets, steps):
+    """seconds: {engine: [of all resets, of all steps]} -> what results/alfworld.json holds of the comparison."""
+    report = {name: {"reset_s": resetting / resets, "steps_per_s": steps / stepping}
+              for name, (resetting, stepping) in seconds.items()}
+    ratios = {part: theirs / ours
+              for part, theirs, ours in zip(("resets", "steps"), seconds["official"], seconds["ours"])}
     print(f"alfworld {version('alfworld')}: reset in {report['official']['reset_s']:.2f} s, "
           f"{report['official']['steps_per_s']:.1f} steps/s; ours is {ratios['resets']:.0f} and {ratios['steps']:.0f} "
           f"times as fast on the same {steps} steps, with the same texts and commands")
@@ -257,7 +267,6 @@ def measure_bm25(shown=(3, 10)):
     Lucene's; its scores are k1 + 1 times as large, which moves no rank.
     """
     import math
-    from importlib.metadata import version
 
     import bm25s
     import numpy as np
@@ -292,9 +301,6 @@ def measure_bm25(shown=(3, 10)):
 
 def measure_liger(n=64, d=128, v=1064):
     """Errors against fp64 of a mean KL and its gradients, bf16, on the same inputs. On a CPU and in the interpreter."""
-    import os
-    from importlib.metadata import version
-
     if os.environ.get("TRITON_INTERPRET") != "1":
         sys.exit("Set TRITON_INTERPRET=1: this comparison runs without a GPU.")
     from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
