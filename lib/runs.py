@@ -69,7 +69,7 @@ def create_run(cfg, version, name="config.json"):
     if checkpoints(run):
         raise UserError(f"{run} already holds a run: go on with it by --resume {run}, or choose another with --out.")
     try:
-        (run / "episodes").mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(json.dumps(settings | {"provenance": provenance(version)}, indent=1))
         (run / "metrics.jsonl").write_text("")
     except OSError as error:
@@ -297,6 +297,7 @@ def plot_curve(run, cfg):
 def dump_episodes(path, tokenizer, episodes, rows, scores):
     """Whole episodes as JSON lines. rows: those of all turns in order; scores: {row: (gap, gate)}, lists per token."""
     rows = iter(rows)
+    path.parent.mkdir(exist_ok=True)
     with open(path, "w") as file:
         for episode in episodes:
             turns = [dump_turn(tokenizer, turn, next(rows), scores) for turn in episode.turns]

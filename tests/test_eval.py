@@ -24,27 +24,20 @@ def outcome(task_id, won, *, score=None, kind="lamps", repeat=0, turns=4, invali
 
 # ----------------------------------------------------------------------------------------------------------- statistics
 
-@pytest.mark.parametrize("successes, n, low, high",
-                         [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)])
-def test_wilson_intervals_agree_with_known_ones(successes, n, low, high):
-    assert evaluation.wilson(successes, n) == pytest.approx((low, high), abs=1e-4)
+def test_wilson_intervals_agree_with_known_ones_and_end_1_96_standard_errors_from_the_rate():
+    for successes, n, *known in ((8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)):
+        assert evaluation.wilson(successes, n) == pytest.approx(known, abs=1e-4)
+    for successes, n in ((45, 128), (1, 7), (120, 121)):
+        for end in evaluation.wilson(successes, n):
+            assert abs(successes / n - end) == pytest.approx(1.959964 * (end * (1 - end) / n) ** 0.5, rel=1e-5)
 
 
-@pytest.mark.parametrize("successes, n", [(45, 128), (1, 7), (120, 121)])
-def test_the_observed_rate_is_1_96_standard_errors_from_both_ends_of_a_wilson_interval(successes, n):
-    for end in evaluation.wilson(successes, n):
-        assert abs(successes / n - end) == pytest.approx(1.959964 * (end * (1 - end) / n) ** 0.5, rel=1e-5)
-
-
-def test_a_bootstrap_interval_is_as_wide_as_the_normal_one_for_many_values_and_repeatable():
+def test_a_bootstrap_interval_is_as_wide_as_the_normal_one_repeatable_and_covers_as_often_as_it_says():
     values = np.random.default_rng(1).normal(0.3, 2.0, size=400)
     low, high = evaluation.bootstrap(values)
     half = evaluation.Z * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
     assert evaluation.bootstrap(values) == (low, high)
-
-
-def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say():
     rng = np.random.default_rng(2)
     intervals = [evaluation.bootstrap(rng.exponential(1.0, size=60)) for _ in range(100)]
     assert 87 <= sum(low <= 1.0 <= high for low, high in intervals) <= 99

@@ -28,29 +28,19 @@ def clone_config(**changes):
 
 # -------------------------------------------------------------------------------------------------------------- cloning
 
-@pytest.mark.parametrize("weak", [0.0, 1.0])
 @pytest.mark.parametrize("name", list(envs.ENVIRONMENTS))
-def test_what_a_demonstration_says_is_read_back_as_its_action(name, weak):
-    source, rng = clone.make_source(clone_config(env=name, weak=weak)), random.Random(0)
-    for _ in range(30):
-        turns = clone.demonstrated_turns(source, rng)
-        assert len(turns) <= 4
-        for _, skills, thought, action in turns:
-            assert envs.parse_action(name, experts.write_answer(name, thought, action)) == (action, True)
-            assert skills == "" and 1 <= len(thought.split()) <= 9
-
-
-def test_the_experts_demonstrations_hold_the_skills_and_weak_ones_do_not(policy):
+def test_what_a_demonstration_says_is_read_back_and_skills_are_shown_to_the_expert_beside_weak_play_alone(name):
     rng, seen = random.Random(0), collections.Counter()
-    for weak in (0.5, 1.0, 0.0):
-        source = clone.make_source(clone_config(weak=weak, max_prompt_tokens=2048))
+    for weak in (0.0, 0.5, 1.0):
+        source = clone.make_source(clone_config(env=name, weak=weak))
         for _ in range(20):
-            lessons = clone.demonstrations(policy.chat, source, rng)
-            shown = {"Skills:" in policy.chat.tokenizer.decode(lesson.prompt_ids) for lesson in lessons}
-            assert len(shown) <= 1
-            assert all(one.response_ids[-1] == policy.chat.tokenizer.eos_token_id for one in lessons)
-            seen[weak, shown.pop() if shown else None] += 1
-    assert seen[0.5, True] > 3 and seen[0.5, False] > 3 and seen[1.0, False] >= 19 and seen[0.0, False] >= 19
+            turns = clone.demonstrated_turns(source, rng)
+            assert len(turns) <= 4 and len({skills for _, skills, _, _ in turns}) <= 1
+            for _, skills, thought, action in turns:
+                assert envs.parse_action(name, experts.write_answer(name, thought, action)) == (action, True)
+                assert 1 <= len(thought.split()) <= 9 and (skills == "" or weak == 0.5)
+                seen[weak, skills != ""] += 1
+    assert seen[0.5, True] > 3 and seen[0.5, False] > 3 and seen[0.0, False] > 20 and seen[1.0, False] > 20
 
 
 def test_cloning_lowers_the_experts_loss(policy):
@@ -148,15 +138,18 @@ def test_the_new_tokenizer_keeps_labels_whole_and_is_the_same_after_saving_and_l
     chat = sdar.Chat(tokenizer)
     for other in (chat, sdar.Chat(models.read_model(str(tmp_path))[1])):
         assert other.prompt(text) == chat.prompt(text) and other.tokenizer.decode(other.encode(text)) == text
-    page, action = chat.encode("color [black] [red]"), chat.encode("<action>click[black]</action>")
-    label = action[action.index(chat.encode("click[")[-1]) + 1:-2]
-    assert any(page[i:i + len(label)] == label for i in range(len(page)))
+    action = chat.encode("<action>click[black]</action>")
+    assert holds(chat.encode("color [black] [red]"), action[action.index(chat.encode("click[")[-1]) + 1:-2])
+
+
+def holds(ids, part):
+    return any(ids[i:i + len(part)] == part for i in range(len(ids)))
 
 
 def test_the_copy_task_repeats_a_stretch_of_the_prompt():
     for lesson in tiny.copy_task(range(700), random.Random(0), apart=20):
-        stretch, prompt = lesson.prompt_ids[-1:] + lesson.response_ids, lesson.prompt_ids
-        assert len(stretch) >= 2 and any(prompt[i:i + len(stretch)] == stretch for i in range(len(prompt) - 1))
+        stretch = lesson.prompt_ids[-1:] + lesson.response_ids
+        assert len(stretch) >= 2 and holds(lesson.prompt_ids[:-1], stretch)
 
 
 def test_substituted_words_are_the_same_ones_in_prompt_and_answer_and_all_else_stays(untrained, sources, words):
@@ -181,20 +174,15 @@ COPIED = {"alfworld": r"<think>( \w+) (?:found|missing|inside|elsewhere|away|rea
           "search": r"<think>( [^,:]+)(?:: | no,| \d+,)", "webshop": r"use every detail.*search\[an?( [^]]+)"}
 
 
-def test_what_an_answer_copies_is_the_same_tokens_as_in_the_prompt(untrained, sources):
+def test_what_an_answer_copies_is_the_same_tokens_as_in_the_prompt_and_not_a_common_word(untrained, sources, words):
     chat, rng = sdar.Chat(untrained[1]), random.Random(0)
     for source in sources:
         lessons = [lesson for _ in range(20) for lesson in clone.demonstrations(chat, source, rng)]
         found = [(one, re.search(COPIED[source.cfg.env], chat.tokenizer.decode(one.response_ids))) for one in lessons]
         copies = [(lesson, chat.encode(match[1])) for lesson, match in found if match]
         assert len(copies) >= 5
-        for lesson, ids in copies:
-            for whole in (lesson.prompt_ids, lesson.response_ids):
-                assert any(whole[i:i + len(ids)] == ids for i in range(len(whole))), chat.tokenizer.decode(ids)
-
-
-def test_what_prompts_are_made_of_is_common_and_what_tasks_name_is_not(untrained, words):
-    common = {untrained[1].decode([number]).strip() for word in words.common for number in word}
+        assert all(holds(lesson.prompt_ids, ids) and holds(lesson.response_ids, ids) for lesson, ids in copies)
+    common = {chat.tokenizer.decode([number]).strip() for word in words.common for number in word}
     assert {"Task", "go", "click", "1", "search"} <= common and not {"spatula", "laptop", "lavender"} & common
 
 
