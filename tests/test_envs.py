@@ -41,7 +41,6 @@ def golden(name):
 
 @pytest.fixture(scope="session")
 def official(tmp_path_factory):
-    """A folder with the recordings' WebShop catalogue."""
     folder = tmp_path_factory.mktemp("catalogue")
     for path in (GOLDEN / "webshop" / "catalogue").glob("*.gz"):
         (folder / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
@@ -76,8 +75,8 @@ def test_gymnasium_accepts_every_environment_and_equal_seeds_start_a_group_alike
     group = gymnasium.vector.SyncVectorEnv([make] * 4)
     texts, infos = group.reset(seed=[3, 3, 4, 4])
     assert texts[0] == texts[1] != texts[2] == texts[3]
-    ids, types = infos["task_id"].tolist(), infos["task_type"].tolist()
-    assert ids[:2] == [ids[0]] * 2 and ids[2:] == [ids[2]] * 2 and types[0] == types[1] and ids[0] != ids[2]
+    ids = infos["task_id"].tolist()
+    assert ids[0] == ids[1] != ids[2] == ids[3] and infos["task_type"][0] == infos["task_type"][1]
     texts, _, _, _, infos = group.step([MOVES[name]] * 3 + ["no action"])
     assert texts[0] == texts[1] and infos["valid"].tolist() == [True, True, True, False]
     group.close()
@@ -96,8 +95,8 @@ def test_an_episode_repeats_in_another_instance_and_is_truncated_at_its_limit(na
     flags = [step[2:4] for step in first[1:]]
     assert first == play() and flags == [(False, False)] * (len(flags) - 1) + [(False, True)]
     env = envs.make(name)
-    draws = [env.reset(seed=seed)[1] for seed in range(20)]
-    assert len({info["task_id"] for info in draws}) > 10 and {info["task_type"] for info in draws} <= set(env.task_types)
+    draws = {(info["task_id"], info["task_type"]) for seed in range(20) for _, info in [env.reset(seed=seed)]}
+    assert len(draws) > 10 and {kind for _, kind in draws} <= set(env.task_types)
 
 
 @each
@@ -109,11 +108,8 @@ def test_wrong_calls_are_refused_in_one_sentence(name):
     for options, words in CASES["options"]:
         refused(words, env.reset, options=options)
     refused("no split 'all'", env.num_tasks, "all")
-
-
-@pytest.mark.parametrize("name, arguments, words", CASES["arguments"])
-def test_impossible_arguments_are_refused(name, arguments, words):
-    refused(words, getattr(envs, name), **arguments)
+    for function, arguments, words in CASES["arguments"]:
+        refused(words, getattr(envs, function), **arguments)
 
 
 # ---------------------------------------------------------------------------------------- WebShop against the original
@@ -121,16 +117,13 @@ def test_products_prices_and_documents_are_those_of_the_original_loader(official
     recorded = golden("webshop/loader")
     synthetic = envs.WebShop(official, seed=recorded["price_seed"])
     human = envs.WebShop(official, seed=recorded["price_seed"], human_goals=True)
-    assert list(synthetic.products) == recorded["asins"]
+    assert list(synthetic.products) == recorded["asins"] and len(recorded["cases"]) > 30
     assert synthetic.price == human.price == recorded["product_prices"]
-    assert len(recorded["cases"]) > 30
     for case in recorded["cases"]:
-        product = case["product"]
+        product, told = case["product"], case["human_instructions"]
         assert synthetic.products[product["asin"]] == product
         expected = {k: v for k, v in product.items() if k not in ("instruction_text", "instruction_attributes")}
-        if case["human_instructions"] is not None:
-            expected["instructions"] = case["human_instructions"]
-        assert human.products[product["asin"]] == expected
+        assert human.products[product["asin"]] == expected | ({} if told is None else {"instructions": told})
     for attribute, asins in recorded["attribute_to_asins"].items():
         assert sorted(a for a, p in synthetic.products.items() if attribute in p["Attributes"]) == asins
     for case in golden("webshop/documents"):
@@ -154,19 +147,16 @@ def test_goals_their_order_and_their_draw_are_those_of_the_original_and_of_its_t
         if variant["human_goals"] == (kind == "human"):
             seed = variant["env_seed"]
             env = envs.WebShop(official, seed=seed, shuffle_seed=seed, human_goals=kind == "human")
-            assert env.price == variant["product_prices"]
             bounds = [variant["price_upper"][position] for position in variant["order"]]
-            assert [goal["price_upper"] for goal in env.goals] == bounds
+            assert env.price == variant["product_prices"] and [goal["price_upper"] for goal in env.goals] == bounds
 
 
 def test_rewards_and_all_their_parts_are_those_of_the_original(official):
-    products, cases = envs.WebShop(official).products, golden("webshop/rewards")
-    assert len({case["expected"]["reward"] for case in cases}) > 10
-    for case in cases:
+    products = envs.WebShop(official).products
+    for case in golden("webshop/rewards"):
         bought = case["product"] or products[case["purchased_asin"]]
         names = {bought["name"]: case["nouns_purchased"], case["goal"]["name"]: case["nouns_goal"]}
-        reward, parts = envs.webshop_reward(bought, case["goal"], case["options"], case["price"],
-                                            nouns=names.__getitem__)
+        reward, parts = envs.webshop_reward(bought, case["goal"], case["options"], case["price"], nouns=names.get)
         assert {"reward": reward, **parts} == case["expected"], case["note"]
     refused("names no attribute", envs.webshop_reward, bought, case["goal"] | {"attributes": []}, {}, 1.0)
 
@@ -208,8 +198,7 @@ def replay(case, rankings, official, nouns, shuffle_seed):
             state, actions = step["state"], step["available_actions"]
             assert (env.page, env.query, env.page_number, env.asin, env.options) == tuple(
                 state[key] for key in ("page_kind", "keywords", "page", "asin", "options"))
-            assert env.clickables == actions["clickables"]
-            assert actions["has_search_bar"] == (env.page == "start")
+            assert env.clickables == actions["clickables"] and actions["has_search_bar"] == (env.page == "start")
         if shown:
             assert env.results == next(iter(ranking.values()))
         if "reward_info" in step:
@@ -221,8 +210,8 @@ def replay(case, rankings, official, nouns, shuffle_seed):
                                                        ("training_variant", "transcripts", 42)])
 def test_every_recorded_shopping_episode_replays_exactly(official, file, cases, shuffle_seed):
     recorded, nouns = golden(f"webshop/{file}"), golden("webshop/title_nouns").__getitem__
-    steps = [replay(case, recorded["rankings"], official, nouns, shuffle_seed) for case in recorded[cases]]
-    assert all(steps) and sum(steps) > (400 if file == "transcripts" else 0)
+    for case in recorded[cases]:
+        assert replay(case, recorded["rankings"], official, nouns, shuffle_seed) > 0
 
 
 # ------------------------------------------------------------------------------------------------------ WebShop: rules
@@ -235,8 +224,7 @@ def test_search_finds_titles_and_special_words_work_as_in_the_original(official)
     assert env.search("LAMPS") == env.search("lamp") != () == env.search("zzzz the of")
 
     def results(action):
-        env.step(action)
-        return env.results
+        return env.step(action) and env.results
 
     env.reset(seed=1)
     garden = [asin for asin, p in env.products.items() if p["category"] == "garden"]
@@ -253,8 +241,7 @@ def test_search_finds_titles_and_special_words_work_as_in_the_original(official)
 
 def test_bm25_equals_the_formula_and_breaks_ties_by_document_number():
     postings = retrieval.build_postings("abcd", ["red lamp lamp", "red chair", "blue chair", "red chair"])
-    assert retrieval.bm25(postings, "red lamps") == ("a", "b", "d")
-    assert retrieval.bm25(postings, "red lamps", k=2) == ("a", "b")
+    assert [retrieval.bm25(postings, "red lamps", k) for k in (50, 2)] == [("a", "b", "d"), ("a", "b")]
     red, lamp = math.log(1 + 1.5 / 3.5), math.log(1 + 3.5 / 1.5)     # idf
     long, short = 0.9 * (0.6 + 0.4 * 3 / 2.25), 0.9 * (0.6 + 0.4 * 2 / 2.25)   # penalties of 3 and 2 words, mean 2.25
     expected = [red / (1 + long) + lamp * 2 / (2 + long), red / (1 + short), 0.0, red / (1 + short)]
@@ -298,8 +285,7 @@ def test_a_given_goal_can_be_played_and_a_purchase_ends_the_episode(official):
             _, reward, terminated, truncated, info = env.step(action)
         won += info["won"]
         assert info["won"] == (reward == 1.0) and info["score"] == reward and not truncated
-        if terminated:
-            assert env.page == "done" and env.clickables == [] and info["admissible"] == ["search[<words>]"]
+        assert not terminated or env.page == "done" and info["admissible"] == ["search[<words>]"]
     assert won > 20
 
 
@@ -337,6 +323,10 @@ def test_every_step_is_the_official_engines_in_either_wording_of_putting(tmp_pat
         assert info["task_type"] == record["task_type"] and info["score"] == reward
         assert info["valid"] == (text != "Nothing happens.")
     assert worded("move (object) to (receptacle):  ") in env.step("help")[0]
+    _, info = env.reset(options={"game": game_file(tmp_path, name)})
+    while not info["won"]:               # the expert wins official games, too; at the limit it would be truncated
+        *_, truncated, info = env.step(env.expert())
+        assert not truncated
 
 
 def test_a_goal_that_is_undone_is_no_longer_won(tmp_path):
@@ -357,7 +347,8 @@ def test_comments_and_every_quantifier_of_a_goal_are_read():
 
     assert data.parse_typed(["a", "b", "-", "c", "d"]) == [("a", "c"), ("b", "c"), ("d", "object")]
     closed = goal("(forall (?r - receptacle) (imply (openable ?r) (not (opened ?R))))")
-    assert [data.is_true(closed, facts) for facts in ((), {("opened", "r2")}, {("opened", "r1")})] == [True, True, False]
+    assert data.is_true(closed, set()) and data.is_true(closed, {("opened", "r2")})
+    assert not data.is_true(closed, {("opened", "r1")})
     other = goal("(exists (?r ?s - receptacle) (and (not (= ?r ?s)) (openable ?r) (opened ?s)))")
     assert data.is_true(other, {("opened", "r2")}) and not data.is_true(other, {("opened", "r1")})
 
@@ -366,8 +357,8 @@ def test_objects_tell_what_was_done_to_them(tmp_path):
     game = data.load_game(game_file(tmp_path))
     obj = next(entity for entity in game.objects if ("toggleable", entity) not in game.static)
     for facts, text in CASES["qualities"]:
-        shown = envs.object_text(game, {(fact, obj) for fact in facts.split()}, obj)
-        assert shown == text.replace("X", game.names[obj])
+        facts = {(fact, obj) for fact in facts.split()}
+        assert envs.object_text(game, facts, obj) == text.replace("X", game.names[obj])
     inside = game._replace(static={("isreceptacleobject", obj), ("inreceptacleobject", game.objects[0], obj)})
     assert envs.object_text(inside, set(), obj).endswith(f"In it, you see a {game.names[game.objects[0]]}.")
 
@@ -458,23 +449,11 @@ def test_neither_documents_nor_the_agents_own_text_can_answer_or_write_a_tag(har
 
 
 # ------------------------------------------------------------------------------------------------- parsers and prompts
-@pytest.mark.parametrize("name, text, action, valid", CASES["answers"])
-def test_an_answer_is_split_into_action_and_validity(name, text, action, valid):
-    assert envs.parse_action(name, text, official=True) == (action, valid)     # acts on the end of a broken answer
-    assert envs.parse_action(name, text) == (action if valid or "</action>" in text else "", valid)
-
-
-@pytest.mark.parametrize("inner", ["a <think> b", "a </think> b", "a <information> b", "a </information> b",
-                                   "a <search> b", "a <ANSWER> b"])
-@pytest.mark.parametrize("kind", ["search", "answer"])
-def test_a_block_that_holds_another_tag_is_invalid_and_acted_on_in_the_official_mode_alone(kind, inner):
-    assert envs.parse_search(f"<{kind}>{inner}</{kind}>") == ("", False)
-    assert envs.parse_search(f"<{kind}>{inner}</{kind}>", official=True)[0] != ""
-
-
-@pytest.mark.parametrize("answer, golds, match", CASES["matches"])
-def test_exact_match_normalises_as_the_official_scorer(answer, golds, match):
-    assert envs.exact_match(answer, golds) is match
+@pytest.mark.parametrize("function, arguments, expected", CASES["calls"])
+def test_answers_are_split_and_compared_in_our_way_and_in_the_official_one(function, arguments, expected):
+    mode, _, name = function.rpartition(" ")
+    result = getattr(envs, name)(*arguments, **({"official": True} if mode else {}))
+    assert json.loads(json.dumps(result)) == expected
 
 
 def test_the_examples_in_docstrings_are_true():
@@ -510,13 +489,13 @@ def failing_search(retriever):
         observation, reward, terminated, truncated, info = env.step("<search> x </search>")
     assert observation == "\n<information>" + json.dumps({"result": envs.SEARCH_FAILED}) + "</information>\n"
     assert (reward, terminated, truncated, info["valid"], info["retriever_errors"]) == (0.0, False, False, True, 1)
-    first = info["error"]
+    error = info["error"]
     with pytest.warns(RuntimeWarning):
         assert env.step("<search> y </search>")[4]["retriever_errors"] == 2
     _, reward, _, _, info = env.step(f"<answer> {env.question.golds[0]} </answer>")
     assert reward == 1.0 and info["error"] is None and info["retriever_errors"] == 2
     assert ask(env)[1]["retriever_errors"] == 0
-    return first
+    return error
 
 
 def test_the_server_answers_both_request_forms_and_refuses_others():
@@ -545,9 +524,7 @@ def test_the_server_answers_both_request_forms_and_refuses_others():
     assert post(b"", **{"Content-Length": str(retrieval.REQUEST_LIMIT + 1)})[0] == 413
     for address in (url, url + "/", url + "/retrieve"):      # an episode over HTTP is the one without
         remote = envs.SearchQA(retriever=address)
-        assert ask(remote, 4) == ask(qa, 4)
-        for query in ("Lisbon", "Spain", "zzz"):
-            assert remote.step(f"<search> {query} </search>")[0] == qa.step(f"<search> {query} </search>")[0]
+        assert ask(remote, 4) == ask(qa, 4) and remote.step(MOVES["search"]) == qa.step(MOVES["search"])
     server.shutdown()
     server.server_close()
 
@@ -578,8 +555,7 @@ def test_a_retriever_that_is_down_or_slow_or_wrong_costs_a_turn_but_not_the_epis
     for bad in (None, "text", [1]):
         assert "list of texts" in failing_search(lambda query, topk, bad=bad: bad)
     ask(env := envs.SearchQA(retriever=lambda query, topk: 1 / 0))
-    with pytest.raises(ZeroDivisionError):       # a bug in the function is not a failed search
-        env.step("<search> a </search>")
+    refused("division", env.step, "<search> a </search>", kind=ZeroDivisionError)        # a bug is not a failed search
 
 
 def test_the_command_serves_a_file_until_an_interrupt_and_refuses_bad_input_in_a_sentence(tmp_path):
@@ -592,8 +568,8 @@ def test_the_command_serves_a_file_until_an_interrupt_and_refuses_bad_input_in_a
         assert process.communicate(timeout=20)[1] == "" and process.returncode == 0
     for arguments, words in [(["--corpus", "none.jsonl"], "none.jsonl"), (["--topk", "0"], "topk must be at least 1"),
                              (["--port", "99999"], "port")]:
-        with pytest.raises(SystemExit, match=f"^error: cannot serve .*{words}"):
-            envs.main(["serve-search", "--port", "0", *arguments])
+        arguments = ["serve-search", "--port", "0", *arguments]
+        refused(f"^error: cannot serve .*{words}", envs.main, arguments, kind=SystemExit)
 
 
 # ------------------------------------------------------------------------------------------------------ official files
@@ -645,7 +621,7 @@ def test_missing_ambiguous_and_unreadable_files_are_named(tmp_path, monkeypatch)
     refused("There is no file", envs.ALFWorld().reset, options={"game": tmp_path / "none"}, kind=FileNotFoundError)
     refused("cannot be read", data.load_game, tmp_path, kind=FileNotFoundError)
     (write(tmp_path, {}) / "items_human_ins.json").unlink()      # needed for human goals only
-    assert len(envs.WebShop(tmp_path).goals) == 1
+    refused("no task in split 'val'", envs.WebShop(tmp_path).reset, options={"split": "val"})    # one goal: "train"
     (tmp_path / "items_shuffle_1000.json").write_text("[]")
     refused("Several files match.*items_shuffle_1000.json", envs.WebShop, tmp_path, seed=1, human_goals=True)
     for name in ("rows.csv", "rows.parquet"):
