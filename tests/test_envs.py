@@ -225,7 +225,6 @@ def test_search_finds_titles_and_special_words_work_as_in_the_original(official)
 
     def results(action):
         return env.step(action) and env.results
-
     env.reset(seed=1)
     garden = [asin for asin, p in env.products.items() if p["category"] == "garden"]
     assert results("search[<c> garden and more]") == garden and len(garden) > 50
@@ -309,7 +308,6 @@ def test_every_step_is_the_official_engines_in_either_wording_of_putting(tmp_pat
         text = re.sub(r"^You move the (.+) to the (.+)\.$", r"You put the \1 in/on the \2.", text)
         text = text.replace("move (object) to (receptacle):  ", "put (object) in/on (receptacle):  ")
         return re.sub(r"^move (.+) to (.+)$", r"put \1 in/on \2", text)
-
     worded = worded if wording == "put" else str
     record, env = golden(f"alfworld/{name}")[kind], envs.ALFWorld(put_wording=wording)
     for number, step in enumerate(record["steps"]):
