@@ -103,7 +103,7 @@ def test_an_episode_repeats_in_another_instance_and_is_truncated_at_its_limit(na
 def test_wrong_calls_are_refused_in_one_sentence(name):
     env = envs.make(name)
     refused("call reset before step", env.step, MOVES[name], kind=gymnasium.error.ResetNeeded)
-    env.reset()
+    refused("give a number from 0 to", ask, env, env.num_tasks("val"))
     refused("an action as a string such as .*, not as int", env.step, 3, kind=TypeError)
     for options, words in CASES["options"]:
         refused(words, env.reset, options=options)
