@@ -425,7 +425,7 @@ class Shop(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def load_shop(data, human_goals):
-    """The official catalogue in the folder `data`, or the generated one for None: nothing else tells them apart."""
+    """The official catalogue in the folder `data`, or the generated one where it is None: the only place that asks."""
     if data is not None:
         return Shop(build_products(read_catalogue(data, human_goals)), title_nouns)
     catalogue = webshop_catalogue()
@@ -863,7 +863,7 @@ class GameSource(NamedTuple):
 
 
 def game_source(data):
-    """The official games in the folder `data`, or the generated ones for None: nothing else tells them apart."""
+    """The official games in the folder `data`, or the generated ones where it is None: the only place that asks."""
     if data is None:
         return GameSource(ALFWORLD_SPLITS.get, generate_game, lambda split: {})
     folder = str(check_folder(data, "ALFWorld's json_2.1.1"))
@@ -1041,7 +1041,7 @@ class QuestionSource(NamedTuple):
 
 
 def question_source(data):
-    """The official rows at `data`, or the generated questions for None: nothing else tells them apart."""
+    """The official rows at `data`, or the generated questions where it is None: the only place that asks."""
     if data is None:
         return QuestionSource(lambda split: search_questions()[split], lambda: SEARCH_TYPES, bundled_corpus)
     files = question_files(data)

@@ -1,0 +1,236 @@
+"""Generated tasks, which every version must make alike, and the scripted players, which win or lose them."""
+import hashlib
+import json
+import random
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+import envs
+from lib import experts, generated
+from lib.official import ALFWORLD_SPLITS, ALFWORLD_TYPES, APPLIANCES, is_true
+from lib.retrieval import corpus_search
+
+CASES = json.loads(Path(__file__).with_name("cases.json").read_text(encoding="utf-8"))
+each = pytest.mark.parametrize("name", list(envs.ENVIRONMENTS))
+
+
+def play(env, choose, limit=50, **options):
+    """(won, turns, last info) of one episode; choose: (observation, info) -> action."""
+    (observation, info), ended, turns = env.reset(options=options), False, 0
+    while not ended and turns < limit:
+        observation, _, terminated, truncated, info = env.step(choose(observation, info))
+        ended, turns = terminated or truncated, turns + 1
+    return info["won"], turns, info
+
+
+def random_action(name, observation, info, rng):
+    words = re.findall(r"\w+", f"{info['task']} {observation}" if name == "search" else info["task"])
+    start = rng.randrange(len(words))
+    moves = info["admissible"] or ["<search> <words> </search>", "<answer> <words> </answer>"]
+    return rng.choice(moves).replace("<words>", " ".join(words[start:start + rng.randint(1, 3)]))
+
+
+@pytest.fixture(scope="module")
+def houses():
+    return {split: [generated.generate_game(split, i) for i in range(min(size, 600))]
+            for split, size in ALFWORLD_SPLITS.items()}
+
+
+# ------------------------------------------------------------------------------------- the same tasks in every version
+def tasks_of(name):
+    if name == "webshop":
+        shops = [envs.WebShop(), envs.WebShop(human_goals=True), envs.WebShop(seed=7, shuffle_seed=7)]
+        return [*generated.webshop_catalogue()[:3], *[[shop.goals, shop.price] for shop in shops]]
+    if name == "search":
+        return [generated.search_questions(), generated.fact_passages()]
+    games = [generated.generate_game(split, number) for split in ALFWORLD_SPLITS for number in range(130)]
+    return [[game._replace(static=sorted(game.static), initial=sorted(game.initial), types={}), sorted(
+        (entity, sorted(kinds)) for entity, kinds in game.types.items())] for game in games]
+
+
+def demonstrations_of(name):
+    """Prompts, thoughts, actions and answers of seeded play by the expert and the weak demonstrator."""
+    env, told = envs.make(name), []
+    for number in range(60):
+        rng, past, ended = random.Random(number), [], False
+        observation, info = env.reset(options={"split": ("train", "val")[number % 2], "task_id": number})
+        told.append(env.goal)
+        while not ended and len(past) < 20:
+            skills = "1. Be careful.\n" if number % 3 == 0 else ""
+            told.append(envs.PROMPTS[name](info["task"], past[-2:], observation, info["admissible"], skills))
+            thought, action = env.demonstrate(rng, number % 4 > 1)
+            past.append((observation if number % 5 else "", action))
+            observation, reward, terminated, truncated, info = env.step(action)
+            told += [thought, action, observation, reward, info["score"]]
+            ended = terminated or truncated
+    return told
+
+
+@each
+def test_tasks_demonstrations_and_prompts_are_those_of_the_bundled_model(name):
+    texts = [json.dumps(make(name)) for make in (tasks_of, demonstrations_of)]
+    assert [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts] == CASES["digests"][name]
+
+
+# ------------------------------------------------------------------------------------------------------------- players
+@each
+@pytest.mark.parametrize("stride", [20, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_expert_wins_every_task(name, stride):
+    env, longest = envs.make(name), {"webshop": 15, "alfworld": 24, "search": 3}[name]
+    for split in ALFWORLD_SPLITS if name == "alfworld" else ("train", "val"):
+        for task_id in range(0, env.num_tasks(split), stride):
+            won, turns, _ = play(env, lambda observation, info: env.expert(), split=split, task_id=task_id)
+            assert won and turns <= longest, (split, task_id)
+    human = envs.WebShop(human_goals=True)
+    for goal in human.goals[::stride] if name == "webshop" else ():
+        assert play(human, lambda observation, info: human.expert(), goal=goal)[0], goal
+
+
+@each
+def test_the_expert_recovers_from_random_moves_that_end_nothing(name):
+    env, strays = envs.make(name), {"webshop": 4, "alfworld": 20, "search": 1}[name]
+    stray = "<search> {} </search>" if name == "search" else "search[{}]"
+    for task_id in range(200):
+        rng, moves = random.Random(task_id), iter(range(strays))
+
+        def choose(observation, info, rng=rng, moves=moves):
+            if next(moves, None) is None:
+                return env.expert()
+            return experts.random_move(info["admissible"], rng) or stray.format(info["task"])
+
+        assert play(env, choose, split="train", task_id=task_id)[0], task_id
+    assert experts.random_move(["help", "click[buy now]", "search[<words>]"], random.Random(0)) is None
+
+
+@each
+@pytest.mark.parametrize("player, least, most", [("random", 0, 0.04), ("weak", 0.02, 0.45)])
+def test_random_play_rarely_wins_and_the_weak_demonstrator_in_every_type_of_task_sometimes(name, player, least, most):
+    env, won, rng = envs.make(name), defaultdict(list), random.Random(0)
+    for task_id in range(600):
+        win, _, info = play(env, lambda observation, info: random_action(name, observation, info, rng)
+                            if player == "random" else env.demonstrate(rng, weak=True)[1],
+                            limit=30, split="train", task_id=task_id)
+        won[info["task_type"]].append(win)
+    rates = {kind: sum(wins) / len(wins) for kind, wins in won.items()}
+    assert set(rates) == set(env.task_types)
+    assert all(least <= rate < (most if kind != "comparison" else 0.7) for kind, rate in rates.items()), rates
+
+
+@each
+def test_thoughts_are_short_differ_where_actions_do_and_are_read_back(name, monkeypatch):
+    env, different, rng = envs.make(name), set(), random.Random(0)
+    for task_id in range(150):
+        _, info = env.reset(options={"split": "train", "task_id": task_id})
+        for _ in range(25):
+            good, weak = env.demonstrate(rng), env.demonstrate(rng, weak=True)
+            assert good[1] == env.expert() and (good == weak or good[0] != weak[0])
+            for thought, action in (good, weak):
+                answer = experts.write_answer(name, thought, action)
+                assert 2 <= len(thought.split()) <= 9 and envs.parse_action(name, answer) == (action, True)
+            if good != weak:
+                different.add(" ".join(weak[0].split()[-1 if "elsewhere" in weak[0] else -2:]))
+            *_, terminated, truncated, info = env.step(rng.choice([good, weak])[1])
+            assert info["valid"]
+            if terminated or truncated:
+                break
+    assert different >= set(CASES["weak thoughts"][name])        # every failure mode shows
+    monkeypatch.setattr(experts, f"{name.upper()}_FAILURE_MODES", defaultdict(float))
+    assert all(play(env, lambda *seen: env.demonstrate(rng, weak=True)[1], task_id=i)[0] for i in range(30))
+
+
+# ------------------------------------------------------------------------------------------------ WebShop and ALFWorld
+def test_only_both_attributes_and_a_price_below_the_bound_win_and_overpriced_duplicates_rank_first():
+    env, duplicates = envs.WebShop(), 0
+    for goal in env.goals[:300]:
+        env.reset(options={"goal": goal})
+        env.step(env.expert())
+        for asin in env.results[:10]:
+            if env.products[asin]["query"] == goal["query"]:
+                has_both = set(goal["attributes"]) <= set(env.products[asin]["Attributes"])
+                wins = env.reward_of(asin, goal["goal_options"])[0] == 1
+                assert wins == (has_both and env.price[asin] <= goal["price_upper"])
+        first, second = env.results[:2]
+        if env.price[first] > goal["price_upper"]:
+            assert second == goal["asin"] and 50 <= env.price[first] - env.price[second] <= 90
+            duplicates += 1
+    assert duplicates / 300 == pytest.approx(1 / 8, abs=0.05)
+
+
+def test_splits_have_the_official_sizes_all_types_in_turn_unseen_rooms_and_no_task_twice(houses):
+    env = envs.ALFWorld()
+    assert [env.num_tasks(split) for split in ("train", "valid_seen", "valid_unseen", "val")] == [3553, 140, 134, 134]
+    assert env.skipped("train") == {}
+    assert env.reset(options={"split": "val"}, seed=5) == env.reset(options={"split": "valid_unseen"}, seed=5)
+    rooms, tasks = defaultdict(set), Counter()
+    for split, games in houses.items():
+        assert [game.task_type for game in games] == [ALFWORLD_TYPES[i % 6] for i in range(len(games))]
+        tasks.update((game.task, game.static, game.initial) for game in games)
+        rooms[split] = {tuple(sorted(set(game.names.values()) - {game.names[obj] for obj in game.objects}))
+                        for game in games}
+    assert max(tasks.values()) == 1 and (len(rooms["train"]), len(rooms["valid_unseen"])) == (20, 9)
+    assert rooms["valid_seen"] <= rooms["train"] and not rooms["valid_unseen"] & rooms["train"]
+
+
+def test_a_game_is_unsolved_and_its_sentence_names_what_its_goal_asks_for(houses):
+    for game in houses["train"] + houses["valid_unseen"]:
+        goal = experts.read_goal(game)
+        assert not is_true(game.goal, game.initial) and 12 <= len(game.objects) <= 24
+        assert goal.verb == next((verb for verb in APPLIANCES if verb in game.task_type), None)
+        assert goal.two == (game.task_type == "pick_two_obj_and_place") == (" two " in game.task)
+        assert bool(goal.lamps) == (game.task_type == "look_at_obj_in_light") == ("lamp" in game.task)
+        for entity in [*goal.objects, *goal.places, *goal.lamps]:
+            assert game.names[entity].split()[0] in re.findall(r"\w+", game.task)
+        if goal.two and len(goal.places) > 1:    # at two receptacles of a kind they are not two at one
+            (obj, other, *_), (place, elsewhere, *_) = sorted(goal.objects), goal.places
+            for end, wins in ((place, True), (elsewhere, False)):
+                assert is_true(game.goal, {("inreceptacle", obj, place), ("inreceptacle", other, end)}) == wins
+
+
+def test_the_household_expert_decides_by_what_the_prompt_shows_and_refuses_goals_of_other_types():
+    env, answers = envs.ALFWorld(), defaultdict(Counter)
+    for number in range(576):
+        rng, past = random.Random(number), []
+        observation, info = env.reset(options={"split": "train", "task_id": number % 48})
+        while not info["won"] and len(past) < 40:
+            prompt = envs.alfworld_prompt(info["task"], past[-2:], observation, info["admissible"])
+            answers[number % 48, prompt][env.expert()] += 1
+            past.append(("", env.expert() if rng.random() < 0.9 else rng.choice(info["admissible"])))
+            observation, *_, info = env.step(past[-1][1])
+    totals = [(answer.total(), max(answer.values())) for answer in answers.values()]
+    assert sum(total - most for total, most in totals) <= 0.001 * sum(total for total, _ in totals)
+    env.game = env.game._replace(goal=("not", ("fact", ("opened", "x"))))
+    with pytest.raises(ValueError, match="can't read the goal of the task '"):
+        env.expert()
+
+
+# ----------------------------------------------------------------------------------------------------------- Search-QA
+def test_questions_are_distinct_of_the_three_types_in_turn_give_nothing_away_and_share_no_entity_between_splits():
+    countries, elements = generated.load_facts()
+    entity_of = {element.name: element.name for element in elements}
+    entity_of |= {name: country.name for country in countries for name in (country.name, country.capital)}
+    entities, corpus = defaultdict(set), generated.bundled_corpus()
+    for split, questions in generated.search_questions().items():
+        assert len({question.text for question in questions}) == len(questions) > {"train": 3000, "val": 300}[split]
+        assert [question.task_type for question in questions] == list(generated.SEARCH_TYPES) * (len(questions) // 3)
+        for question in questions:
+            assert question.task_type == "comparison" or not generated.mentions(question.text, question.golds)
+            assert all(name in question.text for name in question.names)
+            found = " ".join(corpus_search(corpus, question.text, 3)) if question.task_type == "two_hop" else ""
+            assert not generated.mentions(found, question.golds), question.text
+            queries = [] if question.task_type == "comparison" else [query for query, _ in question.hops]
+            entities[split] |= {entity_of[name] for name in [*question.names, *queries]}
+    assert not entities["train"] & entities["val"] and min(map(len, entities.values())) > 50
+
+
+@each
+def test_there_are_short_skills_for_every_type_of_task_that_tell_no_answer(name):
+    paths = {path.stem: path for path in (Path(envs.__file__).parent / "data" / "skills" / name).glob("*.md")}
+    assert {"general", *envs.make(name).task_types} <= set(paths)
+    golds = {question.golds[0] for split in generated.search_questions().values() for question in split}
+    for kind, path in paths.items():
+        text = path.read_text()
+        assert 0 < len(text.split()) < (150 if kind == "general" else 60)
+        assert not any(f" {gold} " in text for gold in golds - {"I", "In", "At"} if not gold.isdecimal())
