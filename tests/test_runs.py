@@ -1,5 +1,6 @@
 """Tests of a run as a whole: its folder, resuming, stopping, bad input, and the other environments."""
 
+import gzip
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -50,20 +52,17 @@ def test_a_run_folder_holds_config_metrics_curve_episodes_and_loadable_checkpoin
     for turn in (turn for episode in episodes for turn in episode["turns"]):
         assert len(turn["tokens"]) == len(turn["gap"]) == len(turn["gate"]) == len(turn["logp"])
         assert all(g == pytest.approx(1 / (1 + math.exp(-5 * d)), abs=1e-3) for d, g in zip(turn["gap"], turn["gate"]))
-    again = sdar.load_policy(config(model=str(straight / "checkpoint-4"))).model
-    last = weights_of(straight / "checkpoint-4")
-    assert not same(last, weights_of(straight / "checkpoint-0"))
-    assert torch.equal(again.state_dict()["model.norm.weight"], last["model.norm.weight"])
-    assert same(weights_of(straight / "checkpoint-0"), weights_of(model_folder))
+    first, last = (weights_of(straight / name) for name in ("checkpoint-0", "checkpoint-4"))
+    again = sdar.load_policy(config(model=str(straight / "checkpoint-4"))).model.state_dict()
+    assert torch.equal(again["model.norm.weight"], last["model.norm.weight"])
+    assert same(first, weights_of(model_folder)) and not same(first, last)
 
 
-def test_a_run_folder_is_not_a_model_and_the_default_one_is_the_first_that_is_free(
-        straight, tmp_path, monkeypatch, capsys):
-    refused(sdar.main, flags(straight, tmp_path / "run"), "one of the checkpoints in it (checkpoint-0, checkp", capsys)
+def test_the_default_run_folder_is_the_first_that_is_free(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert sdar.make_config({"seed": 3}).out == "runs/webshop-sdar-3"
-    Path("runs/webshop-sdar-3").mkdir(parents=True)
-    assert sdar.make_config({"seed": 3}).out == "runs/webshop-sdar-3-2"
+    for name in ("runs/webshop-sdar-3", "runs/webshop-sdar-3-2", "runs/webshop-sdar-3-3"):
+        assert sdar.make_config({"seed": 3}).out == name
+        Path(name).mkdir(parents=True)
 
 
 # --------------------------------------------------------------------------------------------------- resuming, stopping
@@ -81,6 +80,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(straight, model_f
 def interrupt_in(monkeypatch, module, name, call):
     """Presses Ctrl-C at the end of the call-th run of module.<name>, its work done but not yet noted."""
     function, calls = getattr(module, name), []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 
     def pressed(*args, **kwargs):
         result = function(*args, **kwargs)
@@ -103,37 +103,34 @@ def test_ctrl_c_saves_whole_steps_and_the_resumed_run_is_the_uninterrupted_one(
     assert_same_run(run, straight)
 
 
-def start(arguments):
-    return subprocess.Popen([sys.executable, sdar.__file__, *arguments], stdout=subprocess.PIPE,
-                            stderr=subprocess.DEVNULL, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-
-
-def wait_for(path, process, seconds=60):
+def stop(arguments, run, with_signal, seconds=60):
+    """Starts the program, sends it a signal after its first step -> (exit status, standard output)."""
+    process = subprocess.Popen(
+        [sys.executable, sdar.__file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < end, f"{path} did not appear"
+    while not (run / "checkpoint-1").exists():
+        assert process.poll() is None and time.monotonic() < end, "checkpoint-1 did not appear"
         time.sleep(0.005)
+    process.send_signal(with_signal)
+    output, _ = process.communicate(timeout=seconds)
+    return process.returncode, output
 
 
 def test_a_killed_run_resumes_bit_for_bit(straight, model_folder, tmp_path):
     run = tmp_path / "run"
-    process = start(flags(model_folder, run))
-    wait_for(run / "checkpoint-1", process)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL and not (run / "checkpoint-4").exists()
+    assert stop(flags(model_folder, run), run, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert not (run / "checkpoint-4").exists()
     assert sdar.main(["--resume", str(run)]) == 0
     assert_same_run(run, straight)
 
 
 def test_a_program_stopped_by_ctrl_c_exits_with_130_and_says_where_it_saved(model_folder, tmp_path):
     run = tmp_path / "run"
-    process = start(flags(model_folder, run, steps=1000))
-    wait_for(run / "checkpoint-1", process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    status, output = stop(flags(model_folder, run, steps=1000), run, signal.SIGINT)
     last = runs.checkpoints(run)[-1]
+    assert status == 130
     assert f"saved in {last}" in output and f"--resume {run}" in output
     assert len(weights_of(last)) > 10 and not list(run.glob(".*"))
 
@@ -156,6 +153,7 @@ def test_an_environment_that_raises_loses_no_finished_step(model_folder, tmp_pat
 def test_folders_that_hold_another_run_or_none_are_refused(straight, model_folder, tmp_path, capsys):
     before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
     cases = [(flags(model_folder, straight), f"--resume {straight}"), (["--resume", str(tmp_path)], "no config.json"),
+             (flags(straight, tmp_path / "run"), "one of the checkpoints in it (checkpoint-0, checkpoint-3"),
              (["--resume", str(model_folder)], "config.json"),  # a model's
              (["--resume", str(straight), "--lr", "0.5"], "--lr 0.5 contradicts"),
              (["--resume", str(straight), "--seed", "0", "--method", "grpo"], "--method grpo contradicts"),
@@ -174,23 +172,34 @@ def test_metrics_go_to_tensorboard_when_asked_and_a_missing_library_is_named(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     refused(sdar.main, flags(model_folder, tmp_path / "a", report_to="tensorboard"), "pip install tensorboard", capsys)
     sent = []
-    writer = type("Writer", (), {"__init__": lambda self, folder: None,
-                                 "add_scalar": lambda self, name, value, step: sent.append((name, step))})
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("t"))
-    monkeypatch.setattr(sys.modules["torch.utils.tensorboard"], "SummaryWriter", writer, raising=False)
+    writer = types.SimpleNamespace(add_scalar=lambda name, value, step: sent.append((name, step)))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda _: writer))
     arguments = flags(model_folder, tmp_path / "b", report_to="tensorboard", steps=1, eval_every=0, eval_tasks=None)
     assert sdar.main(arguments) == 0 and ("grpo/loss", 1) in sent
 
 
 # ----------------------------------------------------------------------------------------------- the other environments
 
-@pytest.mark.parametrize("name", ["alfworld", "search"])
-def test_a_run_learns_in_the_other_environments_and_logs_success_by_task_type(name, model_folder, tmp_path):
-    run = tmp_path / "run"
-    assert sdar.main(flags(model_folder, run, env=name, steps=1, eval_every=1, eval_tasks=6)) == 0
+def official_games(folder):
+    """The official layout with recorded games: four to train on, three to evaluate on."""
+    recorded = sorted(Path(sdar.HERE, "data", "golden", "alfworld").glob("*.json.gz"))
+    for number, path in enumerate(recorded):
+        trial = folder / "json_2.1.1" / ("train" if number < 4 else "valid_unseen") / path.name[:-8] / "trial_T1"
+        trial.mkdir(parents=True)
+        (trial / "game.tw-pddl").write_text(json.dumps(json.loads(gzip.decompress(path.read_bytes()))["game"]))
+        (trial / "traj_data.json").write_text(json.dumps({"task_type": path.name.split("-")[0]}))
+    return {"data": folder, "eval_tasks": 3}
+
+
+@pytest.mark.parametrize("name, more, types_seen", [
+    ("alfworld", lambda folder: {}, 3), ("search", lambda folder: {}, 3), ("alfworld", official_games, 2)])
+def test_a_run_learns_in_the_other_environments_and_logs_success_by_task_type(
+        name, more, types_seen, model_folder, tmp_path):
+    run, changes = tmp_path / "run", {"eval_tasks": 6} | more(tmp_path / "data")
+    assert sdar.main(flags(model_folder, run, env=name, steps=1, eval_every=1, **changes)) == 0
     first, step, last = lines_of(run)
     kinds = {key for key in first if key.startswith("eval/success/")}
-    assert kinds <= {f"eval/success/{kind}" for kind in envs.make(name).task_types} and len(kinds) >= 3
+    assert kinds <= {f"eval/success/{kind}" for kind in envs.make(name).task_types} and len(kinds) >= types_seen
     assert step["rollout/errors"] == 0 and math.isfinite(step["grpo/loss"]) and step["sdar/gate"] > 0
     assert not same(weights_of(run / "checkpoint-1"), weights_of(run / "checkpoint-0"))
 
@@ -221,14 +230,9 @@ def shop(folder, items, instruction=True):
     return folder
 
 
-def edited_model(source, folder, *drop):
-    """A copy of the model folder without the files `drop`."""
-    return shutil.copytree(source, folder, ignore=lambda *_: drop)
-
-
-def make_file(path):
-    path.write_text("")
-    return path
+def without(source, folder, *files):
+    """A copy of the model folder without some of its files."""
+    return shutil.copytree(source, folder, ignore=lambda *_: files)
 
 
 def questions(folder):
@@ -246,10 +250,10 @@ BAD_INPUT = {
     "unknown gate": lambda t, m: ({"gate": "wide"}, "--gate 'wide'"),
     "unknown device": lambda t, m: ({"device": "abacus"}, "abacus"),
     "missing model": lambda t, m: ({"model": t / "nowhere"}, "nowhere"),
-    "model without tokenizer": lambda t, m: ({"model": edited_model(
+    "model without tokenizer": lambda t, m: ({"model": without(
         m, t / "bare", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")}, "bare"),
-    "model without chat template": lambda t, m: ({"model": edited_model(m, t / "mute", "chat_template.jinja")}, "mute"),
-    "model without weights": lambda t, m: ({"model": edited_model(m, t / "empty", "model.safetensors")}, "empty"),
+    "model without chat template": lambda t, m: ({"model": without(m, t / "mute", "chat_template.jinja")}, "mute"),
+    "model without weights": lambda t, m: ({"model": without(m, t / "empty", "model.safetensors")}, "empty"),
     "retriever that nothing asks": lambda t, m: ({"retriever": "http://127.0.0.1:9"}, "webshop searches nothing"),
     "retriever without a scheme": lambda t, m: ({"env": "search", "retriever": "127.0.0.1"}, "http://127.0.0.1:8000"),
     "questions without a retriever": lambda t, m: ({"env": "search", "data": questions(t / "q")}, "no corpus.jsonl"),
@@ -270,8 +274,8 @@ BAD_INPUT = {
     "a flag without effect": lambda t, m: ({"method": "grpo", "gate_beta": 2}, "--gate_beta"),
     "exact divergence to an early teacher": lambda t, m: ({"surrogate": "rkl", "teacher": "rollout"}, "--teacher"),
     "evaluation flags without evaluations": lambda t, m: ({"eval_every": 0}, "--eval_tasks"),
-    "out is a file": lambda t, m: ({"out": make_file(t / "taken")}, "taken"),
-    "out below a file": lambda t, m: ({"out": make_file(t / "taken") / "run"}, "taken"),
+    "out is a file": lambda t, m: ({"out": m / "config.json"}, "config.json"),
+    "out below a file": lambda t, m: ({"out": m / "config.json" / "run"}, "config.json"),
 }
 
 
