@@ -68,7 +68,7 @@ LARGE = {  # the same in bf16, to measure memory alone: full logits do not fit
 
 
 def mend_interpreter():
-    """Triton's interpreter (3.6 to 3.9) multiplies the bit patterns of bf16 operands; this makes it widen them first."""
+    """Triton's interpreter (3.6 to 3.9) multiplies bit patterns of bf16 operands; this makes it widen them first."""
     import numpy
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
