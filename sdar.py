@@ -315,7 +315,7 @@ def turn_context(cfg, info, observation, past=()):
 def load_skills(cfg, task_types):
     """Folder of Markdown -> {task type: text}, by cfg.retrieval. Raises UserError if a file is missing."""
     if cfg.retrieval == "none":
-        return {kind: "" for kind in task_types}
+        return dict.fromkeys(task_types, "")
     folder = Path(cfg.skills or HERE / "data" / "skills" / cfg.env)
 
     def read(name):
@@ -397,7 +397,7 @@ def make_policy(model, tokenizer, cfg):
     autocast = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
     models.without_dropout(model)
     if cfg.recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models.recompute_activations(model)
     policy = Policy(model.to(device).eval(), Chat(tokenizer), models.end_of_turn_ids(model, tokenizer), device,
                     autocast)
     policy.fused_error = check_model(policy, cfg)

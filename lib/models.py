@@ -79,6 +79,12 @@ def without_dropout(model):
                 setattr(module, name, 0.0)
 
 
+def recompute_activations(model):
+    """Keeps no activations in the forward pass; takes effect in train mode only."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.24
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def empty_cache(model):
     """-> (a cache of keys and values that the model fills in place, the keyword arguments that hand it over)."""
     from transformers import DynamicCache
