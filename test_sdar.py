@@ -674,10 +674,11 @@ def test_the_block_of_losses_runs_in_an_empty_file():
 
 def test_readmes_snippets_run_as_they_stand(monkeypatch):
     monkeypatch.chdir(Path(sdar.__file__).parent)
-    snippets = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
-    assert len(snippets) == 2
-    for text in snippets:
-        namespace = {}
-        exec(text, namespace)
-        gradients = [p.grad.norm() for p in namespace["model"].parameters()]
-        assert all(map(torch.isfinite, gradients)) and min(gradients) > 0
+    pages = {page: Path(page).read_text() for page in ("README.md", "docs/environments.md")}
+    snippets = [(page, code) for page, text in pages.items() for code in re.findall(r"```python\n(.*?)```", text, re.S)]
+    assert [page for page, _ in snippets].count("README.md") == 2 and len(snippets) == 6
+    for page, code in snippets:
+        exec(code, namespace := {})
+        if page == "README.md":
+            gradients = [p.grad.norm() for p in namespace["model"].parameters()]
+            assert all(map(torch.isfinite, gradients)) and min(gradients) > 0

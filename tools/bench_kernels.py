@@ -177,7 +177,7 @@ def report_memory(n=8192):
         on_cpu += 4 * vocab_chunk * d + 4 * token_chunk * (5 * vocab_chunk + 2 * d)  # operands and logits in fp32
         chunk, strips = kernels.GPU_CHUNK, kernels.STRIPS
         on_gpu = 4 * n * d + 4 * chunk * d + 2 * chunk * min(n, chunk)  # sums, and dz in bf16
-        on_gpu += 4 * n * ((fields + 7) * strips + fields + scores)  # 7: at most so many strips by n in `merge`
+        on_gpu += 4 * n * ((fields + 7) * strips + fields + scores)  # 7: of [strips, n] in `merge`, at most
         rows.append({"model": model, "n": n, "d": d, "v": v, "triton": on_gpu, "torch on cpu": on_cpu,
                      "full logits, at least": 2 * 4 * n * v})  # both sides' log-probs in fp32
     return rows

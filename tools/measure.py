@@ -261,7 +261,7 @@ def alfworld_players(weak_limit=30):
 
 
 def measure_bm25(shown=(3, 10)):
-    """Ranks and scores of every generated question over the embedded passages, beside two other BM25s.
+    """Ranks and scores of every generated question over the bundled passages, beside two other BM25s.
 
     All get the same terms, k1 and b; equal scores go by document number. rank-bm25 has its own idf, so it is given
     Lucene's; its scores are k1 + 1 times as large, which moves no rank.
