@@ -82,20 +82,17 @@ class ScaledHead(torch.nn.Linear):
         return 0.5 * super().forward(x)
 
 
-@pytest.mark.parametrize("kind", ["bias", "scale"])
-def test_a_head_that_is_more_than_a_matrix_is_refused(kind, policy):
+@pytest.mark.parametrize("kind, words", [
+    ("bias", "more than a matrix"), ("scale", "more than a matrix"), ("window", "attends to 64 tokens only")])
+def test_a_head_that_is_more_than_a_matrix_and_a_narrow_window_are_refused(kind, words, policy):
     model = copy.deepcopy(policy.model)
-    head = torch.nn.Linear(64, 600) if kind == "bias" else ScaledHead(64, 600, bias=False)
-    with torch.no_grad():
-        head.weight.copy_(model.lm_head.weight)
-    model.lm_head = head
-    with pytest.raises(sdar.UserError, match="more than a matrix"):
+    if kind == "window":
+        model.config.sliding_window, model.config.use_sliding_window = 64, True
+    else:
+        head = torch.nn.Linear(64, 600) if kind == "bias" else ScaledHead(64, 600, bias=False)
+        with torch.no_grad():
+            head.weight.copy_(model.lm_head.weight)
+        model.lm_head = head
+    with pytest.raises(sdar.UserError, match=words):
         sdar.check_model(dataclasses.replace(policy, model=model), config())
     assert sdar.check_model(policy, config()) < 1e-5
-
-
-def test_a_sliding_window_that_a_prompt_could_exceed_is_refused(policy):
-    narrow = copy.deepcopy(policy.model)
-    narrow.config.sliding_window, narrow.config.use_sliding_window = 64, True
-    with pytest.raises(sdar.UserError, match="attends to 64 tokens only"):
-        sdar.check_model(dataclasses.replace(policy, model=narrow), config())

@@ -48,6 +48,7 @@ def test_cloning_lowers_the_experts_loss(policy):
     cfg = clone_config(tokens=3000, lr=5e-3, steps=200, max_prompt_tokens=2048)
     lessons = clone.expert_lessons(policy.chat, clone.make_source(cfg))(50)
     assert 3000 <= clone.count_tokens(lessons) < 6000
+    assert all(one.response_ids[-1] == policy.chat.tokenizer.eos_token_id for one in lessons)
     optimizer = sdar.make_optimizer(moving.model, cfg)
     losses = [clone.clone_step(moving, optimizer, cfg, lessons, 50)["clone/loss"] for _ in range(6)]
     own = torch.cat([own_logp(policy.model, one.prompt_ids, one.response_ids) for one in lessons]).mean().item()
