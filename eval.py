@@ -17,11 +17,12 @@
     python eval.py --compare runs/webshop-sdar-0/checkpoint-30/eval.json runs/webshop-grpo-0/checkpoint-30/eval.json
 
 A checkpoint inside a run folder is played under its run's own settings (environment, data, skills, prompt, limits,
-seed); any other model under the defaults of sdar.py. Flags of the same names override either. A result holds every
-episode, so that two results on one evaluation set can be compared task by task: the same tasks are easy or hard for
-both, and pairing takes that out of the noise. Intervals are 95 % intervals: Wilson's for a success rate of one episode
-per task, else percentiles of a bootstrap over tasks (10,000 resamples, fixed seed), which needs a few dozen tasks.
-They hold for this checkpoint on tasks like these; another training seed adds noise of its own.
+seed; not the number of tasks and the temperature); any other model under the defaults of sdar.py. Flags of the same
+names override either. A result holds every episode, so that two results on one evaluation set can be compared task by
+task: the same tasks are easy or hard for both, and pairing takes that out of the noise. Intervals are 95 % intervals:
+Wilson's for a success rate of one episode per task, else percentiles of a bootstrap over tasks (10,000 resamples,
+fixed seed), which needs a few dozen tasks. They hold for this checkpoint on tasks like these; another training seed
+adds noise of its own.
 """
 
 import argparse
@@ -161,13 +162,11 @@ def evaluation_config(model, explicit):
     folder = Path(model).absolute()
     explicit = {"eval_tasks": sdar.Config.eval_tasks, "eval_temperature": sdar.Config.eval_temperature,
                 "model": model} | explicit
-    if not folder.name.startswith("checkpoint-"):
+    if not runs.is_run(folder.parent):
         return sdar.make_config(explicit)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"There is no checkpoint {model} (no config.json in it): give one that sdar.py saved.")
     run = runs.read_settings(folder.parent, sdar.Config)
     if explicit.get("env", run.env) != run.env:
-        run = sdar.move(run, explicit["env"])
+        run = sdar.in_environment(run, explicit["env"])
     cfg = dataclasses.replace(run, **explicit)
     if cfg.retrieval == "none":  # a run without a teacher, which is to be shown the same skills as the others
         cfg.retrieval = sdar.Config.retrieval
@@ -229,8 +228,9 @@ def evaluate(model, options):
     settings = {"model": model, "evaluation_set": evaluation_set_hash(env, tasks), "conditions": conditions,
                 "sampling": {"split": split, "tasks": len(tasks), "repeats": repeats, "seed": cfg.seed,
                              "temperature": cfg.eval_temperature}, "config": dataclasses.asdict(cfg)}
-    title = Path(model).absolute().name
-    out = Path(options.get("out", f"{model}/eval.json" if title.startswith("checkpoint-") else f"eval-{title}.json"))
+    name = Path(model).absolute().name
+    default = f"{model}/eval.json" if name.startswith("checkpoint-") else f"eval-{name}-{cfg.env}.json"
+    out = Path(options.get("out", default))
     free_to_write(out, settings)
     skills = sdar.load_skills(cfg, env.task_types)
     policy = sdar.load_policy(dataclasses.replace(cfg, kl_coef=0.0, teacher="none"))  # so no reference model either
@@ -320,8 +320,8 @@ def parse_args(argv):
                         help=f"the first N of the split (default {sdar.Config.eval_tasks})")
     parser.add_argument("--repeats", type=int, help="episodes per task, each with its own seed (default 1)")
     parser.add_argument("--split", help="default val")
-    parser.add_argument("--out", help="result file (default: eval.json in a checkpoint, else ./eval-<model>.json)")
-    add_options(parser, sdar.Config, set(FLAGS) - {"eval_tasks", "eval_temperature"})
+    parser.add_argument("--out", help="result file (default: eval.json in a checkpoint, else eval-<model>-<env>.json)")
+    add_options(parser, sdar.Config, set(FLAGS) - {"eval_tasks", "eval_temperature"}, sdar.TABLES)
     options = vars(parser.parse_args(argv))
     if "compare" in options and (options["model"] or len(options) > 2):
         raise UserError("--compare A.json B.json stands alone: leave the model and every other option out.")

@@ -11,13 +11,15 @@ each other; and the same model, shown skill text that the student does not see, 
 
 Agg(z) is the sum over all response tokens of an optimiser step divided by their number.
 
-    symbol      name here          meaning
-    pi, s       policy, prompt     one row is one turn: prompt ids (task, short history, observation) -> response ids
-    R, A        return, advantage  10 if the task was won, else 0; normalised within the group
-    r           ratio              current policy against the one that sampled
-    D, g        gap, gate          teacher's minus student's log-prob of a sampled token; its weight in (0, 1)
-    lambda, beta  sdar_coef, gate_beta
+    symbol        name here             meaning
+    R, A          return, advantage     10 if the task was won, else 0; normalised within the group
+    r, e          ratio, clip           current policy against the one that sampled; how far it may move a token
+    D, g          gap, gate             teacher's minus student's log-prob of a sampled token; its weight in (0, 1)
+    H             entropy               of the student's next-token distribution
+    lambda, beta  sdar_coef, gate_beta  weight of the last term, sharpness of the gate
+    c_kl, c_ent, c_inv                  kl_coef, entropy_coef, invalid_penalty
 
+One row is one turn: prompt ids (task, short history, observation) -> response ids.
 The last term of (5) has the gradient -lambda Agg(g grad logp): a gate-weighted likelihood of the student's own samples.
 On-policy samples have E[grad logp] = 0, so in expectation g acts as g - 1/2 = tanh(beta D / 2) / 2, a bounded and odd
 reward for what the skilled teacher prefers, about lambda beta / 4 times the gradient of the reverse KL for small gaps;
@@ -49,16 +51,15 @@ import envs
 import kernels
 from lib import models, runs
 from lib.models import Chat
-from lib.runs import UserError, first_sentence
+from lib.runs import UserError, first_sentence, mean
 from lib.settings import add_options, check_value, check_values, option
 
 __version__ = "0.2.0"
 
 HERE = Path(__file__).resolve().parent
-TINY = HERE / "data" / "tiny"
 
-# B rows (a row is one turn of an episode) · T response tokens of a row · N response tokens of a micro-batch
-# D hidden size · V vocabulary · E episodes · L length of a packed sequence
+# E episodes · B rows (a row is one turn of an episode) · T response tokens of a row · N those of a micro-batch
+# S packed sequences · L their length · P prompt tokens · D hidden size · V vocabulary
 
 
 # ------------------------------------------------------------------------------------------------ advantages and losses
@@ -98,7 +99,10 @@ def policy_loss(logp, old_logp, advantages, mask, *, num_tokens, clip=0.2, dual_
 
 
 def kl_loss(logp, ref_logp, mask, *, num_tokens):
-    """Eq. (3): the k3 estimate of KL(student || reference) on the student's samples. All [B, T]; returns the loss."""
+    """Eq. (3): the k3 estimate of KL(student || reference) on the student's samples. All [B, T]; returns the loss.
+
+    d is clamped to +-10, as in the released code, so that no single token can overflow.
+    """
     d = (ref_logp.detach() - logp).clamp(-10, 10)
     return ((torch.exp(d) - d - 1) * mask).sum() / num_tokens  # eq. (3)
 
@@ -106,7 +110,7 @@ def kl_loss(logp, ref_logp, mask, *, num_tokens):
 SURROGATES = {  # the weight of -logp, a function of gap D and gate g
     "mle": lambda gap, gate: gate,  # the paper, and the released code
     "centered": lambda gap, gate: gate - 0.5,  # same expected gradient, less variance
-    "gap": lambda gap, gate: gate * gap,  # truly asymmetric
+    "gap": lambda gap, gate: gate * gap,  # a token that the teacher prefers counts more than one that it rejects
     "opsd": lambda gap, gate: gap,  # plain on-policy self-distillation
 }
 
@@ -172,7 +176,8 @@ class Config:
     invalid_penalty: float = option(0.1, "c_inv of eq. (1)", at_least=0)
     advantage_stats: str = option("episode", "group statistics over episodes, or over turns with the penalty inside",
                                   choices=("episode", "turn"))
-    check_admissible: bool = option(True, "an action that the observation does not offer makes the turn invalid")
+    check_admissible: bool = option(True, "an action that the observation does not offer makes the turn invalid; off, "
+                                   "broken answers are also read as the released code reads them")
     updates: int = option(1, "optimiser steps per batch", at_least=1)
     sdar_coef: float = option(0.01, "lambda of eq. (5)", at_least=0)
     gate_beta: float = option(5.0, "beta of eq. (4)", at_least=0)
@@ -210,8 +215,8 @@ class Config:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
-# A default is looked for in three places, the later ones first: Config, ENV_DEFAULTS, TINY_DEFAULTS.
-# A preset, then a method, then what the user says override it.
+# A default comes from the last of three places that has one: Config, ENV_DEFAULTS, and TINY_DEFAULTS for the bundled
+# model. Then a preset, a method and what the user says override it, in this order.
 
 ENV_DEFAULTS = {  # where the paper's values for an environment differ from those for WebShop
     "webshop": {},
@@ -220,8 +225,8 @@ ENV_DEFAULTS = {  # where the paper's values for an environment differ from thos
                "invalid_penalty": 0.01, "warmup": 15}}
 
 # What a model of a million parameters needs instead of the paper's values, which are for billions. WebShop's expert is
-# done in 5 turns. With 15, sampling at T=1 gets out of every loop in time: nothing punishes loops, and greedy play ends
-# in them.
+# done in 5 turns. With 15, sampling at T=1 escapes every loop before the limit, so that nothing penalises loops and
+# greedy play gets stuck in them.
 SMALL = {"max_turns": 8, "history_observations": False, "tasks": 8, "steps": 30, "lr": 4e-4, "lr_schedule": "linear",
          "warmup": 3, "kl_coef": 0.0, "max_prompt_tokens": 512, "max_response_tokens": 32}
 TINY_DEFAULTS = {
@@ -236,14 +241,17 @@ PRESETS = {"none": {}, "official": {
 METHODS = {"sdar": {}, "grpo": {"sdar_coef": 0.0, "teacher": "none", "retrieval": "none"}}
 
 
+TABLES = ENV_DEFAULTS | {f"tiny in {env}": row for env, row in TINY_DEFAULTS.items()}  # for --help
+
+
 def defaults(env, model):
-    """Every setting in which environments or the bundled model differ, for this environment and model."""
-    small = TINY_DEFAULTS if model == "tiny" else {}
+    """This environment's and model's value of every setting that a table above overrides anywhere."""
+    small = TINY_DEFAULTS if models.is_bundled(model) else {}
     common = {name: FIELDS[name].default for table in (ENV_DEFAULTS, small) for row in table.values() for name in row}
     return common | ENV_DEFAULTS[env] | small.get(env, {})
 
 
-def move(cfg, env):
+def in_environment(cfg, env):
     """cfg with another environment's own tasks, skills and defaults."""
     return dataclasses.replace(cfg, env=env, data=None, skills=None, retriever=None, **defaults(env, cfg.model))
 
@@ -280,7 +288,7 @@ def idle_settings(cfg):
     """{setting: why it does nothing in this configuration}."""
     taught = cfg.teacher != "none"
     rules = [
-        (not taught, ("sdar_coef", "gate_beta", "gate", "surrogate", "retrieval", "teacher_prompt"),
+        (not taught, ("sdar_coef", "gate_beta", "gate", "surrogate", "retrieval", "skills", "teacher_prompt"),
          "there is no teacher (--method grpo or --teacher none)"),
         (taught and cfg.gate == "none", ("gate_beta",), "--gate none has no beta"),
         (taught and cfg.surrogate == "opsd", ("gate", "gate_beta"), "--surrogate opsd has no gate"),
@@ -353,7 +361,7 @@ def fit_prompt(chat, cfg, context, skills=""):
         if len(words) < 3:
             raise UserError(f"--max_prompt_tokens {cfg.max_prompt_tokens} is too small: the task and the instructions "
                             f"alone need {len(ids)} tokens. Raise it.")
-        cut = min(max(excess // 4, 1), len(words) - 2)  # a word rarely has more than four tokens: little is cut in vain
+        cut = min(max(excess // 4, 1), len(words) - 2)  # few words have more than four tokens: little is lost
         middle = (len(words) - cut) // 2
         context = context._replace(observation=" ".join(words[:middle] + ["..."] + words[middle + cut:]))
 
@@ -370,6 +378,8 @@ def teacher_ids(chat, cfg, turn, skills):
 
 @dataclass
 class Policy:
+    """What samples and what is trained, with all that both need."""
+
     model: torch.nn.Module
     chat: Chat
     stop_ids: frozenset
@@ -382,8 +392,8 @@ class Policy:
 def load_policy(cfg):
     """The model and tokenizer that cfg names -> Policy. Raises UserError if there are none, or they can't be used."""
     models.choose_device(cfg.device)  # raises before the weights are read
-    torch.manual_seed(cfg.seed)
-    return make_policy(*models.read_model(str(TINY) if cfg.model == "tiny" else cfg.model), cfg)
+    torch.manual_seed(cfg.seed)  # for models that draw missing weights
+    return make_policy(*models.read_model(cfg.model), cfg)
 
 
 def make_policy(model, tokenizer, cfg):
@@ -446,32 +456,39 @@ def check_model(policy, cfg):
 # see the prompt and itself, positions restart after the prompt. A group shares its first prompt, often later ones too.
 
 class Pack(NamedTuple):
-    ids: torch.Tensor  # [B, L]
-    positions: torch.Tensor  # [B, L]
-    mask: torch.Tensor | None  # [B, 1, L, L], True = may attend; None: plain causal
-    predictors: torch.Tensor  # [N] flat index into B*L of the position that predicts each response token
+    """Packed sequences, padded on the right, and where their response tokens are."""
+
+    ids: torch.Tensor  # [S, L]
+    positions: torch.Tensor  # [S, L]
+    mask: torch.Tensor | None  # [S, 1, L, L], True = may attend; None: plain causal
+    predictors: torch.Tensor  # [N] flat index into S*L of the position that predicts each response token
     targets: torch.Tensor  # [N] response ids, sequence by sequence, row by row
 
 
 def pack(prompts, responses, device):
-    """prompts: one id tuple per sequence; responses: a list of id tuples per sequence -> Pack."""
+    """prompts: one id tuple per sequence; responses: a list of id tuples per sequence -> Pack.
+
+        ids         prompt      response 1  response 2  padding
+        positions   0 1 2 3     4 5         4 5 6       0 0
+        branch      0 0 0 0     1 1         2 2 2       -1 -1       a token sees branch 0 and its own, up to itself
+    """
     length = max(len(p) + sum(map(len, rs)) for p, rs in zip(prompts, responses))
     ids = torch.zeros(len(prompts), length, dtype=torch.long)
     positions, branch = torch.zeros_like(ids), torch.full_like(ids, -1)
     predictors, targets = [], []
     for b, (prompt, rows) in enumerate(zip(prompts, responses)):
-        flat, where, owner = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+        row_ids, places, branches = list(prompt), list(range(len(prompt))), [0] * len(prompt)
         for number, response in enumerate(rows, start=1):
-            start = b * length + len(flat)
+            start = b * length + len(row_ids)
             predictors += [b * length + len(prompt) - 1, *range(start, start + len(response) - 1)]
             targets += response
-            flat += response
-            where += range(len(prompt), len(prompt) + len(response))
-            owner += [number] * len(response)
-        n = len(flat)
-        ids[b, :n], positions[b, :n], branch[b, :n] = torch.tensor(flat), torch.tensor(where), torch.tensor(owner)
+            row_ids += response
+            places += range(len(prompt), len(prompt) + len(response))
+            branches += [number] * len(response)
+        n = len(row_ids)
+        ids[b, :n], positions[b, :n], branch[b, :n] = map(torch.tensor, (row_ids, places, branches))
     mask = None
-    if any(len(rows) > 1 for rows in responses):  # else causal order alone hides the padding, which comes last
+    if any(len(rows) > 1 for rows in responses):  # otherwise causal order already hides the padding, which comes last
         q, k = branch[:, :, None], branch[:, None, :]
         see = torch.ones(length, length, dtype=torch.bool).tril() & ((k == 0) | (k == q))
         mask = (see | torch.eye(length, dtype=torch.bool))[:, None].to(device)  # padding sees itself: no empty softmax
@@ -491,8 +508,10 @@ def head_inputs(policy, model, batch):
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 class Response(NamedTuple):
+    """A sampled response. The losses compute its log-probs anew, with the trainer's arithmetic."""
+
     ids: tuple
-    logp: tuple  # of the sampled tokens, at the sampling temperature
+    logp: tuple  # of the sampled tokens, at the sampling temperature (at 1 if greedy)
     stop: str  # "end" or "length"
 
 
@@ -509,7 +528,7 @@ def sample(policy, prompts, cfg, temperature, generator):
 
 
 def prefill(policy, prompts):
-    """Each different prompt is computed once -> (logits [B, V], attention mask [B, P], cache, its arguments)."""
+    """Each different prompt is computed once -> (next logits [B, V], attention mask [B, P], cache, its arguments)."""
     unique = list(dict.fromkeys(prompts))
     number_of = {prompt: number for number, prompt in enumerate(unique)}
     longest = max(map(len, unique))
@@ -525,6 +544,7 @@ def prefill(policy, prompts):
 
 
 def sample_batch(policy, prompts, cfg, temperature, generator):
+    """`sample` for prompts that are generated side by side; a response that has ended leaves the batch."""
     logits, real, cache, cached = prefill(policy, prompts)
     position = real.sum(1, keepdim=True)
     stop_ids = torch.tensor(sorted(policy.stop_ids), device=policy.device)
@@ -560,6 +580,8 @@ def sample_batch(policy, prompts, cfg, temperature, generator):
 # -------------------------------------------------------------------------------------------------------------- rollout
 
 class Task(NamedTuple):
+    """What an environment is reset to; episodes of one group are compared with each other."""
+
     split: str
     task_id: int
     group: int
@@ -567,6 +589,8 @@ class Task(NamedTuple):
 
 @dataclass
 class Turn:
+    """Observation, response and action; valid: the format was kept and the action possible."""
+
     context: Context
     prompt_ids: tuple
     response: Response
@@ -577,6 +601,8 @@ class Turn:
 
 @dataclass
 class Episode:
+    """All turns of a task, and how it ended."""
+
     task: Task
     task_type: str
     turns: list
@@ -671,7 +697,7 @@ def make_env(cfg):
 
 
 def guard(task, doing, call, *args, **kwargs):
-    """Names the task in whatever an environment raises, so every Exception is caught: the run ends in a sentence."""
+    """Turns any exception of an environment into a UserError that names the task."""
     try:
         return call(*args, **kwargs)
     except Exception as error:
@@ -760,7 +786,7 @@ def shared_prefix_groups(rows, micro_tokens):
         shared[row.prompt_ids, row.teacher_ids].append(row)
     for members in shared.values():
         room, group, prompt = 0, [], len(members[0].prompt_ids)
-        for row in members:  # attention to siblings is masked waste: beyond four prompts' length it outweighs sharing
+        for row in members:  # masked attention to siblings is wasted: beyond four prompts' length it outweighs sharing
             if group and room + len(row.response_ids) > min(4 * prompt, micro_tokens - prompt):
                 yield group
                 room, group = 0, []
@@ -790,7 +816,7 @@ def join_tokens(rows, lists, device):
 
 
 @torch.no_grad()
-def score(policy, model, rows, cfg, teacher=False):
+def response_logp(policy, model, rows, cfg, teacher=False):
     """Log-probs of the rows' responses under model, after the student's or the teacher's prompt -> {row: list}."""
     found = {}
     for micro_batch in micro_batches(rows, cfg.micro_tokens):
@@ -804,19 +830,20 @@ def score(policy, model, rows, cfg, teacher=False):
 # ----------------------------------------------------------------------------------------------------------- train step
 
 class Frozen(NamedTuple):
-    """Log-probs from before a step's first update, {row: list}; None where the settings do not ask for them."""
+    """Log-probs under weights that a step's updates do not change, {row: list}; None where no setting asks for them."""
 
     old_logp: dict | None = None
     ref_logp: dict | None = None
     teacher_logp: dict | None = None
 
 
-def score_frozen(policy, rows, cfg):
-    """What a step needs from weights that its updates do not move -> Frozen."""
+def frozen_logp(policy, rows, cfg):
+    """The log-probs that a step needs from before its first update -> Frozen."""
     early_teacher = {"rollout": policy.model, "ref": policy.ref}.get(cfg.teacher)
-    return Frozen(score(policy, policy.model, rows, cfg) if cfg.updates > 1 else None,
-                  score(policy, policy.ref, rows, cfg) if cfg.kl_coef else None,
-                  score(policy, early_teacher, rows, cfg, teacher=True) if early_teacher is not None else None)
+    return Frozen(
+        old_logp=response_logp(policy, policy.model, rows, cfg) if cfg.updates > 1 else None,
+        ref_logp=response_logp(policy, policy.ref, rows, cfg) if cfg.kl_coef else None,
+        teacher_logp=None if early_teacher is None else response_logp(policy, early_teacher, rows, cfg, teacher=True))
 
 
 def token_scores(policy, cfg, micro_batch, frozen):
@@ -831,11 +858,11 @@ def token_scores(policy, cfg, micro_batch, frozen):
             divergence=cfg.surrogate if cfg.surrogate in kernels.DIVERGENCES else None)
     logp, entropy = kernels.fused_logprob(hidden, weight, batch.targets, temperature=cfg.temperature)
     if cfg.teacher == "none":
-        return kernels.GapGate(logp, None, entropy, None, None, None)
+        return kernels.GapGate(logp=logp, teacher_logp=None, entropy=entropy, gap=None, gate=None, divergence=None)
     teacher_logp = join_tokens(itertools.chain(*micro_batch), frozen.teacher_logp, logp.device)
     gap = teacher_logp - logp.detach()
-    return kernels.GapGate(logp, teacher_logp, entropy, gap,
-                           kernels.gate_values(cfg.gate, gap, entropy.detach(), cfg.gate_beta), None)
+    gate = kernels.gate_values(cfg.gate, gap, entropy.detach(), cfg.gate_beta)
+    return kernels.GapGate(logp, teacher_logp, entropy, gap, gate, divergence=None)
 
 
 def step_loss(policy, cfg, micro_batch, num_tokens, frozen):
@@ -871,7 +898,7 @@ def train_step(policy, optimizer, rows, cfg, step):
 
     Every denominator is the number of response tokens of a whole optimiser step, whatever the micro-batches.
     """
-    frozen = score_frozen(policy, rows, cfg)
+    frozen = frozen_logp(policy, rows, cfg)
     if cfg.updates > 1:
         rows = random.Random(f"{cfg.seed} {step}").sample(rows, len(rows))
     size = math.ceil(len(rows) / cfg.updates)
@@ -893,12 +920,13 @@ def train_step(policy, optimizer, rows, cfg, step):
 
 
 def learning_rate(cfg, step):
-    """The rate of step 0, 1, ..: a late step of full size would undo on one batch what many have taught."""
+    """Of step 0, 1, ..: a linear warm-up, then constant, or falling to 0: no late step undoes what many have taught."""
     rate = cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1))
     return rate * (1 - step / cfg.steps) if cfg.lr_schedule == "linear" else rate
 
 
 def optimizer_step(model, optimizer, lr, cfg):
+    """-> the gradient's norm before clipping. Raises UserError, and changes nothing, if it is not finite."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
     if not math.isfinite(norm):
         raise UserError(f"The gradient norm is {norm}: lower --lr, or use --dtype float32. This step changed nothing.")
@@ -930,7 +958,8 @@ def train(cfg, folder=None, checkpoint=None):
     optimizer = make_optimizer(policy.model, cfg)
     folder = folder or runs.create_run(cfg, __version__)
     done = runs.restore(checkpoint, policy.model, optimizer, policy.ref) if checkpoint else 0
-    print(headline(policy, cfg, folder), flush=True)
+    head = policy.model.get_output_embeddings().weight
+    print(runs.headline(cfg, folder, policy, kernels.choose_backend("auto", head, head)), flush=True)
     with runs.Run(folder, policy.model, policy.chat.tokenizer, optimizer, cfg, done, "python sdar.py") as run:
         learn(policy, optimizer, environments, skills, cfg, run)
     saved, curve = runs.checkpoints(folder)[-1], f"; curve in {folder / 'curve.png'}" if cfg.eval_every else ""
@@ -943,13 +972,13 @@ def learn(policy, optimizer, environments, skills, cfg, run):
         if cfg.eval_every and step % cfg.eval_every == 0:
             evaluate(policy, cfg, environments, run)
         start, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # for models that draw numbers of their own
         episodes = rollout(policy, environments, step_tasks(cfg, environments[0], step), cfg, seed=seed)
         rolled = time.perf_counter()
         with runs.uninterrupted():
             rows, metrics = make_rows(policy, cfg, episodes, skills)
             trained, gaps = train_step(policy, optimizer, rows, cfg, step)
-            metrics |= trained | episode_metrics(cfg, episodes)
+            metrics |= trained | runs.episode_metrics(episodes, [episode_return(cfg, e) for e in episodes])
             if step % cfg.episodes_every == 0:
                 path = run.folder / "episodes" / f"step-{step:05d}.jsonl"
                 runs.dump_episodes(path, policy.chat.tokenizer, episodes, rows, gaps)
@@ -973,7 +1002,7 @@ def evaluate(policy, cfg, environments, run):
                "eval/greedy_success": mean(e.won for e in greedy), 
                "eval/errors": sum(e.errors for e in sampled + greedy),
                **{name: mean(won) for name, won in sorted(by_type.items())}}
-    run.log(run.step, metrics, f"evaluation after {run.step} steps: success {metrics['eval/success']:.3f} at "
+    run.log(run.step, metrics, f"evaluation after step {run.step}: success {metrics['eval/success']:.3f} at "
             f"T={cfg.eval_temperature:g}, {metrics['eval/greedy_success']:.3f} greedy ({cfg.eval_tasks} tasks)")
     runs.plot_curve(run.folder, cfg)
 
@@ -983,41 +1012,15 @@ def check_prompt_limit(policy, cfg, env):
     turn_prompt(policy.chat, cfg, start_episode(Task("train", 0, 0), env), None)
 
 
-def headline(policy, cfg, folder):
-    tasks = f"data in {cfg.data}" if cfg.data else "tasks generated here, not the official ones"
-    size = sum(p.numel() for p in policy.model.parameters()) / 1e6
-    head = policy.model.get_output_embeddings().weight
-    return (f"{cfg.method} on {cfg.env} ({tasks}), model {cfg.model} ({size:.2f}M parameters), {policy.device}, run "
-            f"folder {folder}\n{kernels.choose_backend('auto', head, head)} kernels: log-probs within "
-            f"{policy.fused_error:.1e} of the model's own")
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / max(len(values), 1)
-
-
-def episode_metrics(cfg, episodes):
-    turns = [turn for e in episodes for turn in e.turns]
-    return {"reward/mean": mean(episode_return(cfg, e) for e in episodes),
-            "reward/success": mean(e.won for e in episodes),
-            "reward/score": mean(e.score for e in episodes),
-            "rollout/turns": mean(len(e.turns) for e in episodes),
-            "rollout/unfinished": mean(not e.done for e in episodes),
-            "rollout/invalid": mean(not t.valid for t in turns),
-            "rollout/errors": sum(e.errors for e in episodes),
-            "rollout/cut_off": mean(t.response.stop == "length" for t in turns),
-            "rollout/response_tokens": mean(len(t.response.ids) for t in turns)}
-
-
 # --------------------------------------------------------------------------------------------------------- command line
 
 def parse_args(argv):
     """Command line -> (explicitly given settings, run folder to resume or None)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage="python sdar.py [options]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, from its last checkpoint")
     parser.add_argument("--version", action="version", version=__version__)
-    add_options(parser, Config, tables=ENV_DEFAULTS | {f"tiny in {env}": row for env, row in TINY_DEFAULTS.items()})
+    add_options(parser, Config, tables=TABLES)
     explicit = vars(parser.parse_args(argv))
     return explicit, explicit.pop("resume")
 

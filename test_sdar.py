@@ -322,7 +322,7 @@ def test_sampler_and_trainer_agree_on_log_probs(policy, played):
     prompts = [turn.prompt_ids for e in played for turn in e.turns]
     responses = sdar.sample(policy, prompts, cfg, cfg.temperature, torch.Generator().manual_seed(0))
     rows = [sdar.Row(p, (), r.ids, 0.0) for p, r in zip(prompts, responses)]
-    found = sdar.score(policy, policy.model, rows, cfg)
+    found = sdar.response_logp(policy, policy.model, rows, cfg)
     for row, response in zip(rows, responses):
         assert found[row] == pytest.approx(response.logp, abs=1e-4)
         own = own_logp(policy.model, row.prompt_ids, row.response_ids, 0.7).tolist()
@@ -441,7 +441,7 @@ def test_later_updates_of_a_batch_compare_with_the_sampling_policy_and_an_early_
     assert abs(early["grpo/old_kl"]) > 1e-3 and early["grpo/clip_fraction"] > 0
     live = update(policy, rows, dataclasses.replace(cfg, teacher="live"))[3]
     assert abs(live["sdar/gap_abs"] - early["sdar/gap_abs"]) > 0.01
-    frozen = sdar.score_frozen(policy, rows, cfg)
+    frozen = sdar.frozen_logp(policy, rows, cfg)
     for row in rows:
         for found, prompt in ((frozen.old_logp, row.prompt_ids), (frozen.teacher_logp, row.teacher_ids)):
             assert found[row] == pytest.approx(own_logp(policy.model, prompt, row.response_ids).tolist(), abs=1e-5)

@@ -1,11 +1,14 @@
 """Loading a model with transformers: paths, devices, and what makes sampler and trainer the same function."""
 
 import inspect
+import json
 from pathlib import Path
 
 import torch
 
-from lib.runs import UserError, checkpoints, first_sentence, is_run
+from lib.runs import ROOT, UserError, checkpoints, first_sentence, is_run
+
+TINY = ROOT / "data" / "tiny"
 
 
 def choose_device(name):
@@ -18,12 +21,20 @@ def choose_device(name):
         raise UserError(f"--device {name} cannot be used here: {first_sentence(error)}") from error
 
 
+def is_bundled(model):
+    """Whether a --model is the bundled one: "tiny", its folder, or what tools.clone has made of it."""
+    settings = Path(model) / "clone.json"
+    return (model == "tiny" or Path(model).resolve() == TINY
+            or settings.is_file() and json.loads(settings.read_text()).get("model") == "tiny")
+
+
 def read_model(path):
-    """A folder, or a name that transformers loads -> (model in fp32, tokenizer). Raises UserError if there is none."""
+    """tiny, a folder, or a name that transformers loads -> (model in fp32, tokenizer). UserError if there is none."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar()
+    path = str(TINY) if path == "tiny" else path
     if is_run(path):
         names = ", ".join(checkpoint.name for checkpoint in checkpoints(path)) or "none yet"
         raise UserError(f"{path} is a run folder: give one of the checkpoints in it ({names}).")
@@ -44,7 +55,7 @@ def read_model(path):
 class Chat:
     """Messages -> ids: the template's own text with control tokens, the message as plain text without any.
 
-    So an observation that contains "<|im_end|>" stays text. Works for every template that shows the message once.
+    So an observation that contains "<|im_end|>" stays text. Works for every template that contains the message once.
     """
 
     def __init__(self, tokenizer):

@@ -1,4 +1,4 @@
-"""The run folder: settings, log, learning curve, episodes, checkpoints. The method is in sdar.py; this only keeps it.
+"""The run folder: settings, log, learning curve, episodes, checkpoints. The method is in sdar.py; this stores it.
 
     <run>/config.json          settings, package versions, commit
     <run>/metrics.jsonl        a line per step and per evaluation
@@ -64,8 +64,13 @@ def free_folder(name):
 
 
 def create_run(cfg, version, name="config.json"):
-    """Makes the folder cfg.out, cfg in its file `name` -> its Path. UserError if it holds a run or can't be written."""
+    """Makes the folder cfg.out and writes cfg to `name` in it -> its Path.
+
+    Raises UserError if the folder holds a run or can't be written, or if cfg.report_to is not installed.
+    """
     run, settings = Path(cfg.out), dataclasses.asdict(cfg)
+    if cfg.report_to != "none":
+        optional(TRACKERS[cfg.report_to], cfg.report_to)
     if checkpoints(run):
         raise UserError(f"{run} already holds a run: go on with it by --resume {run}, or choose another with --out.")
     try:
@@ -80,6 +85,8 @@ def create_run(cfg, version, name="config.json"):
 def read_settings(run, kind, name="config.json"):
     """The settings in a run folder -> kind(**settings), kind being the dataclass that was written."""
     path = Path(run) / name
+    if (Path(run) / "state.pt").is_file():
+        raise UserError(f"{run} is a checkpoint: give the run folder that holds it.")
     if not path.is_file():
         raise UserError(f"{run} is not a run folder (no {name}): give the folder that --out named.")
     try:
@@ -94,7 +101,7 @@ def read_settings(run, kind, name="config.json"):
 def is_run(folder):
     """Whether a folder is a run of sdar.py, whose config.json is not a model's."""
     path = Path(folder) / "config.json"
-    return path.is_file() and (path.parent / "metrics.jsonl").is_file() and '"provenance"' in path.read_text()
+    return path.is_file() and '"provenance"' in path.read_text()
 
 
 def reopen(folder, explicit, kind, changeable, name="config.json"):
@@ -108,10 +115,13 @@ def reopen(folder, explicit, kind, changeable, name="config.json"):
         setattr(cfg, setting, value)
     found = checkpoints(run)
     if not found:
-        raise UserError(f"{run} holds no checkpoint yet: start it again without --resume, in another folder.")
+        raise UserError(f"{run} holds no checkpoint yet: start it again without --resume.")
     if cfg.steps < step_of(found[-1]):
         raise UserError(f"--steps {cfg.steps} is less than the {step_of(found[-1])} steps that {run} already has: "
                         "raise it.")
+    if explicit:  # what the next --resume starts from
+        stored = json.loads((run / name).read_text())
+        (run / name).write_text(json.dumps(stored | explicit, indent=1))
     return cfg, run, found[-1]
 
 
@@ -169,7 +179,7 @@ def trim_metrics(run, step):
             entry = json.loads(line)
         except ValueError:
             break
-        # an evaluation comes after its step's checkpoint, so the resumed run plays it again
+        # an evaluation comes after its step's checkpoint: where one is due, the resumed run plays it again
         if entry["step"] < step or entry["step"] == step and "eval/success" not in entry:
             kept.append(line + "\n")
     path.write_text("".join(kept))
@@ -240,7 +250,36 @@ class Run:
             self.save()
 
 
+def headline(cfg, folder, policy, backend):
+    """What is printed at the start of a run."""
+    tasks = f"data in {cfg.data}" if cfg.data else "tasks generated here, not the official ones"
+    size = sum(p.numel() for p in policy.model.parameters()) / 1e6
+    return (f"{cfg.method} on {cfg.env} ({tasks}), model {cfg.model} ({size:.2f}M parameters), {policy.device}, run "
+            f"folder {folder}\n{backend} kernels: log-probs within {policy.fused_error:.1e} of the model's own")
+
+
+def mean(values):
+    """0 where there is nothing to average."""
+    values = list(values)
+    return sum(values) / max(len(values), 1)
+
+
+def episode_metrics(episodes, returns):
+    """What a step's episodes, and their returns, say of it (docs/metrics.md)."""
+    turns = [turn for e in episodes for turn in e.turns]
+    return {"reward/mean": mean(returns),
+            "reward/success": mean(e.won for e in episodes),
+            "reward/score": mean(e.score for e in episodes),
+            "rollout/turns": mean(len(e.turns) for e in episodes),
+            "rollout/unfinished": mean(not e.done for e in episodes),
+            "rollout/invalid": mean(not t.valid for t in turns),
+            "rollout/errors": sum(e.errors for e in episodes),
+            "rollout/cut_off": mean(t.response.stop == "length" for t in turns),
+            "rollout/response_tokens": mean(len(t.response.ids) for t in turns)}
+
+
 def step_line(cfg, step, m):
+    """What is printed of a training step's metrics m."""
     teacher = "" if cfg.teacher == "none" else f"  gap {m['sdar/gap']:+.3f}  gate {m['sdar/gate']:.3f}"
     errors = f"  errors {m['rollout/errors']}" if m["rollout/errors"] else ""
     return (f"step {step:3d}/{cfg.steps}  success {m['reward/success']:.2f}  turns {m['rollout/turns']:.1f}  "
@@ -248,19 +287,23 @@ def step_line(cfg, step, m):
             f"zero-variance {m['grpo/zero_variance_groups']:.2f}{teacher}{errors}  {m['time/step']:.1f} s")
 
 
+TRACKERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # --report_to: module
+
+
 def tracker(cfg, folder):
     """-> a function (metrics, step) that hands metrics on to cfg.report_to: wandb, tensorboard, or none."""
     if cfg.report_to == "wandb":
-        wandb = optional("wandb", "wandb")
+        wandb = optional(TRACKERS["wandb"], "wandb")
         wandb.init(project="sdar", name=folder.name, config=dataclasses.asdict(cfg))
         return lambda metrics, step: wandb.log(metrics, step=step)
     if cfg.report_to == "tensorboard":
-        writer = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
+        writer = optional(TRACKERS["tensorboard"], "tensorboard").SummaryWriter(str(folder))
         return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
     return lambda metrics, step: None
 
 
 def peak_memory_gb(device):
+    """Of the GPU's allocations, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource
@@ -294,24 +337,24 @@ def plot_curve(run, cfg):
     pyplot.close(figure)
 
 
-def dump_episodes(path, tokenizer, episodes, rows, scores):
-    """Whole episodes as JSON lines. rows: those of all turns in order; scores: {row: (gap, gate)}, lists per token."""
+def dump_episodes(path, tokenizer, episodes, rows, gaps):
+    """Whole episodes as JSON lines. rows: those of all turns in order; gaps: {row: (gap, gate)}, lists per token."""
     rows = iter(rows)
     path.parent.mkdir(exist_ok=True)
     with open(path, "w") as file:
         for episode in episodes:
-            turns = [dump_turn(tokenizer, turn, next(rows), scores) for turn in episode.turns]
+            turns = [dump_turn(tokenizer, turn, next(rows), gaps) for turn in episode.turns]
             whole = {"split": episode.task.split, "task_id": episode.task.task_id, "task_type": episode.task_type,
                      "task": episode.turns[0].context.task, "won": episode.won, "score": episode.score,
                      "done": episode.done, "turns": turns}
             file.write(json.dumps(whole, ensure_ascii=False) + "\n")
 
 
-def dump_turn(tokenizer, turn, row, scores):
+def dump_turn(tokenizer, turn, row, gaps):
     entry = {"observation": turn.context.observation, "text": turn.text, "action": turn.action, "valid": turn.valid,
              "stop": turn.response.stop, "tokens": tokenizer.convert_ids_to_tokens(list(turn.response.ids)),
              "logp": [round(x, 4) for x in turn.response.logp], "advantage": row.advantage}
-    if row in scores:
-        gap, gate = scores[row]
+    if row in gaps:
+        gap, gate = gaps[row]
         entry |= {"gap": [round(x, 4) for x in gap], "gate": [round(x, 4) for x in gate]}
     return entry

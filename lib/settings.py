@@ -8,7 +8,7 @@ from lib.runs import UserError
 
 
 def option(default, help, *, choices=None, at_least=None, above=None, at_most=None):
-    """A setting: its default, which gives its type too, its line in --help, and which values are allowed."""
+    """A setting: its default, which also determines its type, its line in --help, and which values are allowed."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least,
                                                         "above": above, "at_most": at_most})
 

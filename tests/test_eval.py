@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -192,20 +193,18 @@ def run_folder(model_folder, tmp_path_factory):
     (("tiny", "--tasks", "1000000"), "tasks"), (("tiny", "--env", "chess"), "chess"),
     (("tiny", "--data", "/nowhere"), "/nowhere"), (("tiny", "--retrieval", "none"), "--condition without"),
     (("tiny", "--tasks", "2", "--split", "moon"), "moon"), (("./nowhere",), "nowhere"),
-    (("tiny", "--tasks", "2", "--out", "/nowhere/e.json"), "/nowhere"), (("runs/checkpoint-9",), "no checkpoint")])
+    (("tiny", "--tasks", "2", "--out", "/nowhere/e.json"), "/nowhere"), (("runs/r/checkpoint-9",), "checkpoint-9")])
 def test_bad_input_is_one_sentence_and_status_2(capsys, tmp_path, monkeypatch, argv, why):
     monkeypatch.chdir(tmp_path)
     refused(evaluation.main, list(argv), why, capsys)
 
 
-def test_a_run_folder_is_not_a_checkpoint_and_a_checkpoint_needs_its_run(capsys, run_folder, tmp_path):
+def test_a_run_folder_is_not_a_model_and_a_checkpoint_apart_from_its_run_is_one(capsys, run_folder, tmp_path):
     refused(evaluation.main, [str(run_folder)], "(checkpoint-0)", capsys)
-    (tmp_path / "checkpoint-0").mkdir()
-    (tmp_path / "checkpoint-0" / "config.json").write_text("{}")
-    for content in (None, "{", "[]", "{}", '{"provenance": {}, "speed": 9}'):
-        if content is not None:
-            (tmp_path / "config.json").write_text(content)
-        refused(evaluation.main, [str(tmp_path / "checkpoint-0")], "config.json", capsys)
+    copied = shutil.copytree(run_folder / "checkpoint-0", tmp_path / "checkpoint-0")
+    assert evaluation.evaluation_config(str(copied), {}).max_turns == sdar.Config.max_turns
+    (tmp_path / "config.json").write_text('{"provenance": {}, "speed": 9}')
+    refused(evaluation.main, [str(copied)], "was not written by this version", capsys)
 
 
 def test_a_checkpoint_is_played_under_its_runs_settings_a_bare_model_under_defaults_and_flags_override(run_folder):

@@ -74,6 +74,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(straight, model_f
         file.write('{"step": 3, "grpo/loss": 99}\n{"st')
     refused(sdar.main, ["--resume", str(run), "--steps", "1"], "--steps 1", capsys)
     assert sdar.main(["--resume", str(run), "--steps", "4"]) == 0
+    assert sdar.main(["--resume", str(run)]) == 0  # it knows its new number of steps, and has nothing left to do
     assert_same_run(run, straight)
 
 
@@ -157,7 +158,8 @@ def test_folders_that_hold_another_run_or_none_are_refused(straight, model_folde
              (["--resume", str(model_folder)], "config.json"),  # a model's
              (["--resume", str(straight), "--lr", "0.5"], "--lr 0.5 contradicts"),
              (["--resume", str(straight), "--seed", "0", "--method", "grpo"], "--method grpo contradicts"),
-             (["--resume", str(straight), "--steps", "-1"], "--steps")]
+             (["--resume", str(straight), "--steps", "-1"], "--steps"),
+             (["--resume", str(straight / "checkpoint-4")], "is a checkpoint: give the run folder")]
     for arguments, culprit in cases:
         refused(sdar.main, arguments, culprit, capsys)
     stored = json.loads((straight / "config.json").read_text())
@@ -171,6 +173,7 @@ def test_metrics_go_to_tensorboard_when_asked_and_a_missing_library_is_named(
         model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     refused(sdar.main, flags(model_folder, tmp_path / "a", report_to="tensorboard"), "pip install tensorboard", capsys)
+    assert not (tmp_path / "a").exists()
     sent = []
     writer = types.SimpleNamespace(add_scalar=lambda name, value, step: sent.append((name, step)))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda _: writer))
@@ -272,6 +275,7 @@ BAD_INPUT = {
     "prompt limit too small": lambda t, m: ({"max_prompt_tokens": 20}, "--max_prompt_tokens"),
     "too many evaluation tasks": lambda t, m: ({"eval_tasks": 501}, "--eval_tasks"),
     "a flag without effect": lambda t, m: ({"method": "grpo", "gate_beta": 2}, "--gate_beta"),
+    "skills without a teacher": lambda t, m: ({"teacher": "none", "skills": t}, "--skills"),
     "exact divergence to an early teacher": lambda t, m: ({"surrogate": "rkl", "teacher": "rollout"}, "--teacher"),
     "evaluation flags without evaluations": lambda t, m: ({"eval_every": 0}, "--eval_tasks"),
     "out is a file": lambda t, m: ({"out": m / "config.json"}, "config.json"),

@@ -73,6 +73,7 @@ def test_cloning_writes_a_model_folder_and_is_resumed_bit_for_bit(model_folder, 
     assert same(weights_of(parts), weights_of(whole)) and lines_of(parts) == lines_of(whole)
     assert not same(weights_of(whole), weights_of(model_folder))
     assert models.read_model(str(whole))[1].chat_template  # what sdar.py --model and eval.py load
+    assert not models.is_bundled(whole) and models.is_bundled(models.TINY) and models.is_bundled("tiny")
     refused(clone.main, clone_flags(model_folder, whole), f"--resume {whole}", capsys)
     refused(clone.main, ["--resume", str(whole), "--lr", "1"], "--lr 1.0 contradicts", capsys)
 
@@ -226,3 +227,4 @@ def test_the_program_makes_a_small_model_and_resumes_after_the_copy_task(tmp_pat
         assert clone.main([*arguments, str(parts)], tiny.make_tiny) == 130
     assert clone.main(["--resume", str(parts)], tiny.make_tiny) == 0
     assert same(weights_of(parts), weights_of(whole)) and lines_of(parts) == lines_of(whole)
+    assert sdar.make_config({"model": str(whole)}).lr == sdar.make_config({"model": "tiny"}).lr  # its defaults

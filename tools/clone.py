@@ -21,7 +21,7 @@ from typing import NamedTuple
 import envs
 import kernels
 import sdar
-from lib import experts, runs
+from lib import experts, models, runs
 from lib.runs import UserError
 from lib.settings import add_options, check_values, option
 
@@ -31,7 +31,7 @@ class CloneConfig(sdar.Config):
     """sdar.Config, of which cloning uses what FLAGS names, and what it needs besides."""
 
     steps: int = option(100, "optimiser steps", at_least=1)
-    lr: float = option(1e-5, "peak learning rate: 50 steps of warm-up, then a cosine to a tenth", above=0)
+    lr: float = option(1e-5, "learning rate, times a warm-up over 50 steps and a cosine from 1 to a tenth", above=0)
     tokens: int = option(32768, "tokens per step, prompts included", at_least=1)
     weak: float = option(0.0, "share of demonstrations by a weak demonstrator, without skills in the prompt; the "
                          "others are the expert's, with skills. 0: all are the expert's, without skills",
@@ -55,7 +55,7 @@ def clone_config(explicit, kind=CloneConfig):
         raise UserError(f"--env {env!r} is unknown; choose from {', '.join(envs.ENVIRONMENTS)}.")
     prompts = {name: value for name, value in sdar.defaults(env, model).items()
                if name in FLAGS and name not in ("steps", "lr")}
-    cfg = kind(**(prompts | (FOR_TINY if model == "tiny" else {}) | explicit))
+    cfg = kind(**(prompts | (FOR_TINY if models.is_bundled(model) else {}) | explicit))
     cfg.out = cfg.out or runs.free_folder(f"{env}-clone-{cfg.seed}")
     check_values(cfg)
     for name in ("skills", "retrieval"):
@@ -200,7 +200,8 @@ def parse(argv, description, kind, flags, fixed=None):
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, from its last checkpoint")
-    add_options(parser, kind, flags, {"tiny": FOR_TINY})
+    add_options(parser, kind, flags, {name: {key: value for key, value in row.items() if key not in ("steps", "lr")}
+                                      for name, row in sdar.TABLES.items()} | {"tiny": FOR_TINY})
     explicit = vars(parser.parse_args(argv))
     resume = explicit.pop("resume")
     if resume:

@@ -1,7 +1,7 @@
 """Makes the bundled model, data/tiny: an untrained Qwen2 of 0.9 million parameters clones the demonstrators of all
 environments. docs/bundled_model.md tells why each trick is here; tools/clone.py does the training.
 
-    python -m tools.tiny --out runs/tiny       82 minutes on two cores; then runs/tiny, without run files, is data/tiny
+    python -m tools.tiny --out runs/tiny       82 minutes on two cores; data/tiny has its model and tokenizer files
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ FLAGS = ("steps", "lr", "tokens", "weak", "seed", "threads", "micro_tokens", "ou
 
 def make_sources(cfg):
     """One per environment, each with the prompts that sdar.py gives the bundled model there."""
-    return [clone.make_source(sdar.move(cfg, name)) for name in envs.ENVIRONMENTS]
+    return [clone.make_source(sdar.in_environment(cfg, name)) for name in envs.ENVIRONMENTS]
 
 
 # ---------------------------------------------------------------------------------------------- an untrained model
@@ -83,6 +83,7 @@ def look_back(model, frequencies=4, strength=6.0):
     attention, config = model.model.layers[0].self_attn, model.config
     half = attention.head_dim // 2
     angle = config.rope_parameters["rope_theta"] ** (-torch.arange(frequencies) / half)  # radians per token
+    # biases are laid out as [heads, halves that rotary embedding pairs, half]
     attention.k_proj.bias.view(-1, 2, half)[0, 0, :frequencies] = strength  # the key head that both query heads share
     for back in (1, 2):
         query = attention.q_proj.bias.view(-1, 2, half)[back - 1]
@@ -113,8 +114,8 @@ def join_variants(model, tokenizer, seed):
 class Words:
     """The words of the tokenizer: a word is its tokens with and without a leading space.
 
-    common: those in more than a tenth of the prompts, from which all that is written is made. copied: the tokens of
-    the synthetic copy task, one variant of each word.
+    of: {token: its word, the tuple of its tokens}. others: {number of variants: all words with so many}. common: words
+    in more than a tenth of the prompts, their fixed wording. copied: tokens of the copy task, one variant of each word.
     """
 
     def __init__(self, chat, sources, sample=300):
@@ -171,8 +172,8 @@ def whole(lesson):
 
 
 def curriculum(policy, cfg, sources, words):
-    """-> a function from step to lessons: the synthetic copy task, first near, then far; then short demonstrations,
-    longer ones until as many steps again are over, and in half of them copied words are substituted.
+    """-> a function from step to lessons: the synthetic copy task, first near, then far; then demonstrations, for the
+    same number of steps growing from short ones to all. In half of the demonstrations copied words are substituted.
 
     At the end of the copy task, which moves one variant of a word, it joins the variants in the model.
     """
