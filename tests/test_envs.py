@@ -13,8 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import types
-import urllib.error
 import urllib.request
 from pathlib import Path
 from unittest.mock import Mock
@@ -24,8 +22,8 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import envs
+from lib import experts, retrieval
 from lib import official as data
-from lib import retrieval
 from lib.generated import bundled_corpus
 
 GOLDEN = Path(envs.__file__).parent / "data" / "golden"
@@ -116,8 +114,6 @@ def test_products_prices_goals_draws_and_splits_are_those_of_the_original(offici
             told = {"instructions": case["human_instructions"]} if case["human_instructions"] else {}
             expected = {key: value for key, value in expected.items() if not key.startswith("instruction_")} | told
         assert env.products[expected["asin"]] == expected
-    for attribute, asins in loaded["attribute_to_asins"].items():
-        assert sorted(asin for asin, product in env.products.items() if attribute in product["Attributes"]) == asins
     for case in golden("webshop/documents"):
         assert retrieval.product_document(env.products[case["id"]]) == case["contents"]
     for case in recorded["cases"]:
@@ -181,8 +177,6 @@ def test_every_recorded_shopping_episode_replays_exactly(official, file, cases, 
                 assert (env.page, env.query, env.page_number, env.asin, env.options) == tuple(
                     state[key] for key in ("page_kind", "keywords", "page", "asin", "options"))
                 assert env.clickables == step["available_actions"]["clickables"]
-            for part, value in step.get("reward_info", {}).items():
-                assert env.reward_parts[part] == value
 
 
 # ------------------------------------------------------------------------------------------------------ WebShop: rules
@@ -195,7 +189,6 @@ def test_search_finds_titles_and_special_words_work_as_in_the_original(official)
 
     def results(action):
         return env.step(action) and env.results
-
     env.reset(seed=1)
     for words, field, value in [("<c> garden and", "category", "garden"), ("<q> table lamps", "query", "table lamps")]:
         expected = [asin for asin, product in env.products.items() if product[field] == value]
@@ -219,7 +212,6 @@ def test_bm25_equals_the_formula_and_breaks_ties_by_document_number():
 
 def test_everything_admissible_is_valid_and_nothing_else_changes_what_is_shown_or_shared(official):
     env, rng = envs.WebShop(official), random.Random(0)
-    assert env.goals is envs.WebShop(official).goals and env.products is envs.WebShop(official).products
     before = json.dumps([env.products, env.goals, env.price])
     for seed in range(30):
         start, info = env.reset(seed=seed)
@@ -227,15 +219,14 @@ def test_everything_admissible_is_valid_and_nothing_else_changes_what_is_shown_o
         for action in ("click[search]", "click[buy now]", "look", "", "Search[x]", "click", "search[]", "click[]"):
             *shown, info = env.step(action)
             assert shown == [start, 0.0, False, False] and not info["valid"] and not info["won"]
-        for action in [f"search[{env.goal['query']}]"] + [None] * 13:
-            action = action or rng.choice([a for a in info["admissible"] if a.startswith("click")] or ["search[x]"])
-            *_, info = env.step(action)
+        for _ in range(14):
+            *_, info = env.step(experts.random_move(info["admissible"], rng) or f"search[{env.goal['query']}]")
             assert info["valid"]
-    assert json.dumps([env.products, env.goals, env.price]) == before
+    assert json.dumps([env.products, env.goals, env.price]) == before and env.goals is envs.WebShop(official).goals
 
 
 def test_a_tagger_decides_on_nouns_and_without_one_the_rule_drops_adjectives_and_numbers(monkeypatch):
-    tokens = [types.SimpleNamespace(text=kind, pos_=kind) for kind in ("NOUN", "ADJ", "PROPN")]
+    tokens = [Mock(text=kind, pos_=kind) for kind in ("NOUN", "ADJ", "PROPN")]
     for tagger, nouns in [(None, ["women", "shirt", "men", "pack", "shirt"]), (lambda text: tokens, ["noun", "propn"])]:
         monkeypatch.setattr(envs, "noun_tagger", lambda tagger=tagger: tagger)
         assert envs.title_nouns.__wrapped__("Soft Women's Shirt for Men, 2 Pack of Shirt") == nouns
@@ -250,8 +241,7 @@ def test_every_step_is_the_official_engines_in_either_wording_of_putting(tmp_pat
         return text if wording == "move" else re.sub("(?m)^(You |  )?move (.+?) to ", r"\1put \2 in/on ", text)
 
     record, env, game = golden(f"alfworld/{name}")[kind], envs.ALFWorld(put_wording=wording), game_file(tmp_path, name)
-    text, info = env.reset(options={"game": game})
-    reward, done = 0.0, False
+    (text, info), reward, done = env.reset(options={"game": game}), 0.0, False
     for number, step in enumerate(record["steps"]):
         if number:
             text, reward, done, _, info = env.step(worded(step["command"]))
@@ -270,17 +260,12 @@ def test_every_step_is_the_official_engines_in_either_wording_of_putting(tmp_pat
         assert env.step(f"take {obj} from {place}")[1:3] == (0.0, False)
 
 
-def test_comments_and_every_quantifier_of_a_goal_are_read():
-    def goal(text):
-        formula, = data.parse_lists(f"{text} ; comment (", "x")
-        return data.ground(formula, {}, {"receptacle": ["r1", "r2"]}, frozenset({("openable", "r1")}), "x")
-
+@pytest.mark.parametrize("text, opened, expected", CASES["goals"])
+def test_comments_and_every_quantifier_of_a_goal_are_read(text, opened, expected):
+    formula, = data.parse_lists(f"{text} ; comment (", "x")
+    goal = data.ground(formula, {}, {"receptacle": ["r1", "r2"]}, frozenset({("openable", "r1")}), "x")
+    assert data.is_true(goal, {("opened", receptacle) for receptacle in opened}) == expected
     assert data.parse_typed(["a", "b", "-", "c", "d"]) == [("a", "c"), ("b", "c"), ("d", "object")]
-    closed = goal("(forall (?r - receptacle) (imply (openable ?r) (not (opened ?R))))")
-    other = goal("(exists (?r ?s - receptacle) (and (not (= ?r ?s)) (openable ?r) (opened ?s)))")
-    for opened, values in [(set(), (True, False)), ({"r1"}, (False, False)), ({"r2"}, (True, True))]:
-        facts = {("opened", receptacle) for receptacle in opened}
-        assert (data.is_true(closed, facts), data.is_true(other, facts)) == values
 
 
 def test_a_changed_file_is_read_again_and_texts_tell_where_one_is_and_what_was_done_to_objects(tmp_path):
@@ -349,31 +334,28 @@ def test_an_answer_ends_the_episode_the_last_one_counts_and_the_fourth_turn_is_t
 
 @pytest.mark.parametrize("harm", CASES["harmful"])
 def test_neither_documents_nor_the_agents_own_text_can_answer_or_write_a_tag(harm):
-    def tags(history, observation=""):
-        prompt = envs.search_prompt(info["task"], history, observation, None)
-        assert "<|im" not in prompt.partition("Found:")[2]
-        return re.findall(f"</?(?:{'|'.join(envs.SEARCH_TAGS)})>", prompt.lower())
+    def tags(seen, action, observation=""):
+        prompt = envs.search_prompt("q?", [(seen, action)], observation, None)
+        return re.findall(f"</?(?:{'|'.join(envs.SEARCH_TAGS)})>|<[|]im", prompt.lower())
 
-    found, search, document = [], "<search> x </search>", ["harmless"]
-    env = envs.SearchQA(retriever=lambda query, topk: document)
-    for text in ("harmless", harm):
-        question, info = ask(env)
-        own = document[0] = text.format(gold=env.question.golds[0])
-        observation, *flags, info = env.step(search)
-        assert flags == [0.0, False, False] and not info["won"] and observation.count("<") == 2
-        found += [tags([(question, search)], observation) + tags([(question, search), (observation, search)])]
-        shown = json.loads(observation.strip().removeprefix("<information>").removesuffix("</information>"))
-        assert shown == {"result": f"Doc 1: {own}\n"} and env.step("<answer> no </answer>")[1] == 0.0
-    assert found[0] == found[1]
-    answer, most = f"<think>{own}</think><search>{own}</search>", len(tags([(question, search)]))
-    assert envs.parse_search(answer) == ("", False) and len(tags([(question, "")])) == most - 2
+    search, document = "<search> x </search>", ["harmless"]
+    ask(env := envs.SearchQA(retriever=lambda query, topk: document))
+    harmless, *_ = env.step(search)
+    document[0] = own = harm.format(gold=env.question.golds[0])
+    harmful, *flags, info = env.step(search)
+    assert flags == [0.0, False, False] and not info["won"] and harmful.count("<") == 2
+    assert json.loads(re.sub("</?information>", "", harmful, count=2)) == {"result": f"Doc 1: {own}\n"}
+    assert tags("q?", search, harmful) == tags("q?", search, harmless)
+    assert tags(harmful, search) == tags(harmless, search) and env.step("<answer> no </answer>")[1] == 0.0
+    answer = f"<think>{own}</think><search>{own}</search>"
+    assert envs.parse_search(answer) == ("", False) and len(tags("q?", search)) == len(tags("q?", "")) + 2
     for shown in (own, answer, f"<search>{own}</search>"):   # even if a caller passes on what was not parsed
-        assert len(tags([(question, shown)])) <= most
+        assert len(tags("q?", shown)) <= len(tags("q?", search))
 
 
 # ------------------------------------------------------------------------------------------------- parsers and prompts
 @pytest.mark.parametrize("function, arguments, expected", CASES["calls"])
-def test_answers_are_split_and_compared_in_our_way_and_in_the_official_one(function, arguments, expected):
+def test_answers_are_split_in_our_way_and_the_official_one_and_compared_and_prompts_hold_what_is_given(function, arguments, expected):
     mode, _, name = function.rpartition(" ")
     result = getattr(envs, name)(*arguments, **({"official": True} if mode else {}))
     assert json.loads(json.dumps(result)) == expected
@@ -381,12 +363,6 @@ def test_answers_are_split_and_compared_in_our_way_and_in_the_official_one(funct
 
 def test_the_examples_in_docstrings_are_true():
     assert doctest.testmod(envs).failed == 0 < doctest.testmod(envs).attempted
-
-
-@pytest.mark.parametrize("name, arguments, lines", CASES["prompts"])
-def test_a_prompt_holds_skills_history_observation_and_task_as_given(name, arguments, lines):
-    first, *middle, last = envs.PROMPTS[name](*arguments).splitlines()
-    assert middle == lines and first.startswith("You ") and last.startswith("Think in <think> </think>, then act")
 
 
 # ---------------------------------------------------------------------------------------------------------- retrievers
@@ -512,13 +488,11 @@ def test_a_malformed_file_is_refused_in_a_sentence_that_names_the_place(tmp_path
 
 
 def test_missing_ambiguous_and_unreadable_files_are_named(tmp_path, monkeypatch):
-    missing = functools.partial(refused, kind=FileNotFoundError)
-    for make in (envs.WebShop, envs.ALFWorld, envs.SearchQA):
-        missing("nowhere is not a folder; give the one that holds", make, tmp_path / "nowhere")
-    missing("No items_shuffle", envs.WebShop, tmp_path)
-    missing("neither train nor test", envs.SearchQA, tmp_path)
-    missing("There is no file", envs.ALFWorld().reset, options={"game": tmp_path / "none"})
-    missing("cannot be read", data.load_game, tmp_path)
+    for call, argument, words in [
+            *((make, tmp_path / "nowhere", "nowhere is not a folder; give") for make in envs.ENVIRONMENTS.values()),
+            (envs.WebShop, tmp_path, "No items_shuffle"), (envs.SearchQA, tmp_path, "neither train nor test"),
+            (data.load_game, tmp_path / "none", "There is no file"), (data.load_game, tmp_path, "cannot be read")]:
+        refused(words, call, argument, kind=FileNotFoundError)
     (write(tmp_path, {}) / "items_human_ins.json").unlink()      # needed for human goals only
     refused("no task in split 'val'", envs.WebShop(tmp_path).reset, options={"split": "val"})    # one goal: "train"
     (tmp_path / "items_shuffle_1000.json").write_text("[]")
