@@ -48,8 +48,7 @@ def official(tmp_path_factory):
 
 def game_file(folder, name=GAMES[0], **changes):
     """The path of a game.tw-pddl with a recorded game, in a folder named after it."""
-    path = folder / name / "game.tw-pddl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (path := folder / name / "game.tw-pddl").parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(golden(f"alfworld/{name}")["game"] | changes))
     return path
 
@@ -68,20 +67,16 @@ def refused(words, call, *args, kind=ValueError, **kwargs):
 
 # ---------------------------------------------------------------------------------- the interface that all three share
 @each
-def test_gymnasium_accepts_every_environment_and_equal_seeds_start_a_group_alike(name):
+def test_gymnasium_accepts_every_environment_seeds_repeat_an_episode_and_its_last_turn_truncates_it(name):
     make = functools.partial(gymnasium.make, f"sdar/{envs.ENVIRONMENTS[name].__name__}-v0")
     check_env(make().unwrapped, skip_render_check=True)
     group = gymnasium.vector.SyncVectorEnv([make] * 21)
     texts, infos = group.reset(seed=[0, *range(20)])
-    ids, kinds = infos["task_id"].tolist(), infos["task_type"].tolist()
-    assert texts[0] == texts[1] and ids[0] == ids[1] and len(set(ids)) > 10 and len(set(texts)) > 10
-    assert kinds[0] == kinds[1] and set(kinds) <= set(envs.make(name).task_types)
+    ids, kinds = infos["task_id"].tolist(), set(infos["task_type"])
+    assert texts[0] == texts[1] and ids[0] == ids[1] and len(set(ids)) > 10 and kinds <= set(envs.make(name).task_types)
     texts, _, _, _, infos = group.step([MOVES[name]] * 20 + ["no action"])
     assert texts[0] == texts[1] and infos["valid"].tolist() == [True] * 20 + [False]
-
-
-@pytest.mark.parametrize("name, turns", [("webshop", 15), ("alfworld", 50), ("search", 4)])
-def test_an_episode_repeats_in_another_instance_and_is_truncated_at_its_limit(name, turns):
+    turns = {"webshop": 15, "alfworld": 50, "search": 4}[name]
     moves = (["search[<r>]", "click[next >]"] if name == "webshop" else []) + [MOVES[name]] * 50
     first, second = ([env.reset(seed=5), *map(env.step, moves[:turns])] for env in (envs.make(name), envs.make(name)))
     assert first == second and envs.MAX_TURNS[name] == turns
@@ -98,10 +93,18 @@ def test_wrong_calls_are_refused_in_one_sentence(name):
     for options, words in CASES["options"]:
         refused(words, env.reset, options=options)
     for function, arguments, words in CASES["arguments"]:
-        refused(words, getattr(envs, function), **arguments)
+        refused(words, getattr(envs, function), **arguments, kind=(ValueError, FileNotFoundError, SystemExit))
 
 
-# ---------------------------------------------------------------------------------------- WebShop against the original
+def test_answers_are_split_and_compared_prompts_show_what_is_given_and_examples_in_docstrings_are_true():
+    for function, arguments, expected in CASES["calls"]:
+        mode, _, name = function.rpartition(" ")
+        result = getattr(envs, name)(*arguments, **({"official": True} if mode else {}))
+        assert json.loads(json.dumps(result)) == expected, (function, arguments)
+    assert doctest.testmod(envs).failed == 0 < doctest.testmod(envs).attempted
+
+
+# -------------------------------------------------------------------------------------------------------------- WebShop
 @pytest.mark.parametrize("kind", ["synthetic", "human"])
 def test_products_prices_goals_draws_and_splits_are_those_of_the_original(official, kind, monkeypatch):
     loaded, recorded = golden("webshop/loader"), golden("webshop/goals")[kind]
@@ -153,8 +156,7 @@ def test_rewards_fuzzy_matches_colours_actions_projection_and_white_space_are_th
     for case in golden("webshop/training_variant")["projection"]:
         assert envs.parse_webshop(case["text"], official=True) == (case["action"], bool(case["valid"])), case
     parts = [("text", text) for text in ("a", "", "  ", " \n ", " b ")]
-    assert envs.plain_text(parts) == "a [SEP]  [SEP] b"
-    assert envs.rich_text(parts, "", frozenset()) == "a\n \n b \n"
+    assert (envs.plain_text(parts), envs.rich_text(parts, "", ())) == ("a [SEP]  [SEP] b", "a\n \n b \n")
 
 
 @pytest.mark.parametrize("file, cases, seed", [("transcripts", "cases", 233), ("training_variant", "transcripts", 42)])
@@ -179,13 +181,17 @@ def test_every_recorded_shopping_episode_replays_exactly(official, file, cases, 
                 assert env.clickables == step["available_actions"]["clickables"]
 
 
-# ------------------------------------------------------------------------------------------------------ WebShop: rules
-def test_search_finds_titles_and_special_words_work_as_in_the_original(official):
+def test_search_is_bm25_in_document_order_finds_titles_and_knows_the_special_words_of_the_original(official):
+    postings = retrieval.build_postings("abcd", ["red lamp lamp", "red chair", "blue chair", "red chair"])
+    assert [retrieval.bm25(postings, "red lamps", k) for k in (50, 2)] == [("a", "b", "d"), ("a", "b")]
+    red, lamp = math.log(1 + 1.5 / 3.5), math.log(1 + 3.5 / 1.5)     # idf
+    long, short = 0.9 * (0.6 + 0.4 * 3 / 2.25), 0.9 * (0.6 + 0.4 * 2 / 2.25)   # penalties of 3 and 2 words, mean 2.25
+    expected = [red / (1 + long) + lamp * 2 / (2 + long), red / (1 + short), 0.0, red / (1 + short)]
+    assert retrieval.bm25_scores(postings, "the red LAMP").tolist() == pytest.approx(expected, rel=1e-6)
     env = envs.WebShop(official)
     titles = [product["Title"] for product in env.products.values()]
     found = [asin in env.search(title)[:10] for asin, title in zip(env.products, titles) if titles.count(title) == 1]
     assert sum(found) >= 0.95 * len(found) > 200 and max(len(env.search(title)) for title in titles) <= 50
-    assert env.search("LAMPS") == env.search("lamp") != () == env.search("zzzz the of")
 
     def results(action):
         return env.step(action) and env.results
@@ -199,15 +205,6 @@ def test_search_finds_titles_and_special_words_work_as_in_the_original(official)
     for words, page in [("lamp", 1), ("search_results lamp", 0)]:    # page names in the address count
         env.step(f"click[{results(f'search[{words}]')[0]}]")
         assert env.page == "item" and env.step("click[< prev]") and (env.page, env.page_number) == ("results", page)
-
-
-def test_bm25_equals_the_formula_and_breaks_ties_by_document_number():
-    postings = retrieval.build_postings("abcd", ["red lamp lamp", "red chair", "blue chair", "red chair"])
-    assert [retrieval.bm25(postings, "red lamps", k) for k in (50, 2)] == [("a", "b", "d"), ("a", "b")]
-    red, lamp = math.log(1 + 1.5 / 3.5), math.log(1 + 3.5 / 1.5)     # idf
-    long, short = 0.9 * (0.6 + 0.4 * 3 / 2.25), 0.9 * (0.6 + 0.4 * 2 / 2.25)   # penalties of 3 and 2 words, mean 2.25
-    expected = [red / (1 + long) + lamp * 2 / (2 + long), red / (1 + short), 0.0, red / (1 + short)]
-    assert retrieval.bm25_scores(postings, "the red LAMP").tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_everything_admissible_is_valid_and_nothing_else_changes_what_is_shown_or_shared(official):
@@ -232,10 +229,8 @@ def test_a_tagger_decides_on_nouns_and_without_one_the_rule_drops_adjectives_and
         assert envs.title_nouns.__wrapped__("Soft Women's Shirt for Men, 2 Pack of Shirt") == nouns
 
 
-# ----------------------------------------------------------------------------------------------------- ALFWorld: rules
-@pytest.mark.parametrize("wording", ["move", "put"])
-@pytest.mark.parametrize("kind", ["plan", "walk"])
-@pytest.mark.parametrize("name", GAMES)
+# ------------------------------------------------------------------------------------------------------------- ALFWorld
+@pytest.mark.parametrize("name, kind, wording", [*itertools.product(GAMES, ["plan", "walk"], ["move", "put"])])
 def test_every_step_is_the_official_engines_in_either_wording_of_putting(tmp_path, name, kind, wording):
     def worded(text):
         return text if wording == "move" else re.sub("(?m)^(You |  )?move (.+?) to ", r"\1put \2 in/on ", text)
@@ -247,8 +242,8 @@ def test_every_step_is_the_official_engines_in_either_wording_of_putting(tmp_pat
             text, reward, done, _, info = env.step(worded(step["command"]))
         assert (text, reward, done) == (worded(step["feedback"]), step["reward"], step["done"]), number
         assert info["admissible"] == sorted(map(worded, step["admissible"])) and info["won"] == step["won"]
-        assert info["task_type"] == record["task_type"] and info["score"] == reward
-        assert info["valid"] == (text != "Nothing happens.")
+        assert info["score"] == reward and info["valid"] == (text != "Nothing happens.")
+    assert info["task_type"] == record["task_type"]
     _, info = env.reset(options={"game": game})
     while not info["won"]:               # the expert wins official games, too; at the limit it would be truncated
         *_, truncated, info = env.step(env.expert())
@@ -272,9 +267,8 @@ def test_a_changed_file_is_read_again_and_texts_tell_where_one_is_and_what_was_d
     game = data.load_game(path := game_file(tmp_path))
     assert data.load_game(path) is game
     obj = next(entity for entity in game.objects if ("toggleable", entity) not in game.static)
-    for facts, text in CASES["qualities"]:
-        facts = {(fact, obj) for fact in facts.split()}
-        assert envs.object_text(game, facts, obj) == text.replace("X", game.names[obj])
+    for done, text in CASES["qualities"]:
+        assert envs.object_text(game, {(fact, obj) for fact in done.split()}, obj) == text.replace("X", game.names[obj])
     inside = game._replace(static={("isreceptacleobject", obj), ("inreceptacleobject", game.objects[0], obj)})
     assert envs.object_text(inside, set(), obj).endswith(f"In it, you see a {game.names[game.objects[0]]}.")
     place = re.search(r"\(receptacleAtLocation \S+ (\S+)\)", GAME["pddl_problem"])[1]
@@ -297,17 +291,13 @@ def test_the_official_layout_is_read_and_what_its_loader_skips_is_counted(tmp_pa
         add(split, "f", solvable=False)
     for folder in (tmp_path, tmp_path / "json_2.1.1"):
         env = envs.ALFWorld(folder)
-        assert env.skipped("train") == {"movable or sliced": 2, "other task type": 1, "no traj_data.json": 1,
-                                        "no game.tw-pddl": 1, "not solvable": 1}
+        assert env.skipped("train") == CASES["skipped"]
         assert env.num_tasks("train") == 2 and ask(env, 1, "train")[1]["task_type"] == "look_at_obj_in_light"
-        check_env(env, skip_render_check=True)
     refused("holds no playable game .*1 not solvable", env.num_tasks, "valid_seen")
     refused("There is no folder", env.num_tasks, "valid_unseen", kind=FileNotFoundError)
-    add("valid_unseen", "h")
-    assert ask(envs.ALFWorld(tmp_path))[1]["task_id"] == 0 and env.num_tasks("val") == 1
 
 
-# ---------------------------------------------------------------------------------------------------- Search-QA: rules
+# ----------------------------------------------------------------------------------------- Search-QA and its retrievers
 def test_a_search_shows_at_most_topk_documents_in_the_official_format_best_first():
     observation, info = ask(qa := envs.SearchQA())
     assert observation == info["task"] and info["valid"] and info["admissible"] is None and not info["won"]
@@ -353,19 +343,6 @@ def test_neither_documents_nor_the_agents_own_text_can_answer_or_write_a_tag(har
         assert len(tags("q?", shown)) <= len(tags("q?", search))
 
 
-# ------------------------------------------------------------------------------------------------- parsers and prompts
-@pytest.mark.parametrize("function, arguments, expected", CASES["calls"])
-def test_answers_are_split_in_our_way_and_the_official_one_and_compared_and_prompts_hold_what_is_given(function, arguments, expected):
-    mode, _, name = function.rpartition(" ")
-    result = getattr(envs, name)(*arguments, **({"official": True} if mode else {}))
-    assert json.loads(json.dumps(result)) == expected
-
-
-def test_the_examples_in_docstrings_are_true():
-    assert doctest.testmod(envs).failed == 0 < doctest.testmod(envs).attempted
-
-
-# ---------------------------------------------------------------------------------------------------------- retrievers
 def answering(replies):
     """Stands in for urlopen: a reply is a text, a status of 400 and above, or an error to raise."""
     return Mock(side_effect=(
@@ -389,7 +366,6 @@ def test_the_server_answers_both_request_forms_and_refuses_others():
     status, reply = post({"queries": ["Lisbon", "zzz", "Spain"], "topk": 2, "return_scores": True})
     best = reply["result"][0][0]
     assert status == 200 and [len(found) for found in reply["result"]] == [1, 0, 2] and best["score"] > 0
-    assert best["document"]["contents"] == '"Lisbon"\nThe capital of Portugal is Lisbon.'
     assert post({"query": "Lisbon"}) == (200, {"result": [[best["document"]]]})
     assert len(post({"query": "Spain", "topk": None})[1]["result"][0]) == 3
     for body in (b"", b"{", b"[" * 100000, *CASES["requests"]):
@@ -407,13 +383,13 @@ def test_the_server_answers_both_request_forms_and_refuses_others():
 @pytest.mark.parametrize("refusal", [422, '{"result": "no"}'])
 def test_the_request_form_that_works_is_found_and_remembered(monkeypatch, refusal):
     found, bare = ({"result": [[{"document": {"contents": "a"}, "score": 1.5}]]}, {"result": [[{"contents": "b"}]]})
-    urlopen = answering([refusal, json.dumps(found), 500, 503, json.dumps(bare)])
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    replies = [refusal, json.dumps(found), 500, 503, json.dumps(bare)]
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen := answering(replies))
     retriever = quick("http://127.0.0.1:1")
     assert retriever("x", 2) == ["a"] and retriever("y", 2) == ["b"]         # the third try, without scores
-    asked = [{"queries": ["x"]}, {"query": "x"}] + [{"query": "y"}] * 3
-    assert [json.loads(call.args[0].data) for call in urlopen.call_args_list] == [
-        query | {"topk": 2, "return_scores": True} for query in asked]
+    forms = [{"queries": ["x"]}, {"query": "x"}] + [{"query": "y"}] * 3
+    asked = [json.loads(call.args[0].data) for call in urlopen.call_args_list]
+    assert asked == [form | {"topk": 2, "return_scores": True} for form in forms]
 
 
 @pytest.mark.parametrize("reply, words, requests", [
@@ -429,15 +405,14 @@ def test_a_search_that_fails_costs_a_turn_but_not_the_episode(monkeypatch, reply
         assert info["retriever_errors"] == count and re.search(words, info["error"])
     assert urlopen.call_count == requests
     _, reward, _, _, info = env.step(f"<answer> {env.question.golds[0]} </answer>")
-    assert reward == 1.0 and info["error"] is None and info["retriever_errors"] == 2
-    assert ask(env)[1]["retriever_errors"] == 0
+    assert (reward, info["error"], info["retriever_errors"], ask(env)[1]["retriever_errors"]) == (1.0, None, 2, 0)
 
 
-def test_the_command_serves_a_file_until_an_interrupt_and_refuses_bad_input_in_a_sentence(tmp_path):
-    (tmp_path / "c.jsonl").write_text(json.dumps({"id": "x", "contents": '"Cat"\nA cat purrs.'}))
-    command = [sys.executable, envs.__file__, "serve-search", "--port", "0", "--corpus", str(tmp_path / "c.jsonl")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=functools
-                               .partial(signal.signal, signal.SIGINT, signal.SIG_DFL))    # it may be ignored here
+def test_the_command_serves_a_file_until_an_interrupt(tmp_path):
+    command = [sys.executable, envs.__file__, "serve-search", "--port", "0", "--corpus"]
+    process = subprocess.Popen([*command, write(tmp_path, {}) / "corpus.jsonl"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True,      # an interrupt may be ignored where this runs
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         url = process.stdout.readline().split()[2].rstrip(",")
         assert quick(url)("cats", 1) == ['"Cat"\nA cat purrs.']
@@ -446,9 +421,6 @@ def test_the_command_serves_a_file_until_an_interrupt_and_refuses_bad_input_in_a
     finally:
         process.kill()
     refused("no answer in 3 tries", quick(url), "cats", 1, kind=ConnectionError)       # nobody listens any more
-    for option, value, words in CASES["serve"]:
-        refused(f"^error: cannot serve .*{words}", envs.main, ["serve-search", "--port", "0", option, value],
-                kind=SystemExit)
 
 
 # ------------------------------------------------------------------------------------------------------ official files
@@ -488,20 +460,13 @@ def test_a_malformed_file_is_refused_in_a_sentence_that_names_the_place(tmp_path
 
 
 def test_missing_ambiguous_and_unreadable_files_are_named(tmp_path, monkeypatch):
-    for call, argument, words in [
-            *((make, tmp_path / "nowhere", "nowhere is not a folder; give") for make in envs.ENVIRONMENTS.values()),
-            (envs.WebShop, tmp_path, "No items_shuffle"), (envs.SearchQA, tmp_path, "neither train nor test"),
-            (data.load_game, tmp_path / "none", "There is no file"), (data.load_game, tmp_path, "cannot be read")]:
-        refused(words, call, argument, kind=FileNotFoundError)
-    (write(tmp_path, {}) / "items_human_ins.json").unlink()      # needed for human goals only
+    write(tmp_path, {"rows.csv": "text", "rows.parquet": "text"})
+    (tmp_path / "items_human_ins.json").unlink()                 # needed for human goals only
     refused("no task in split 'val'", envs.WebShop(tmp_path).reset, options={"split": "val"})    # one goal: "train"
     (tmp_path / "items_shuffle_1000.json").write_text("[]")
     refused("Several files match.*items_shuffle_1000.json", envs.WebShop, tmp_path, seed=1, human_goals=True)
-    for name in ("rows.csv", "rows.parquet"):
-        (tmp_path / name).write_text("text")
     refused("neither .jsonl nor .parquet", ask, envs.SearchQA(tmp_path / "rows.csv"))
-    for name in ("pyarrow", "pyarrow.parquet"):
-        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     refused("pip install pyarrow", ask, envs.SearchQA(tmp_path / "rows.parquet"), kind=ImportError)
 
 
@@ -511,11 +476,10 @@ def test_all_forms_of_rows_are_read_in_order_splits_have_own_files_and_a_single_
         return (observation, info["task_type"], env.step("<answer> anna </answer>")[1]) == ("who?", "nq", 1.0)
 
     forms, rows = CASES["rows"], [{"question": f"{i}?", "golden_answers": ["Ann"]} for i in range(5)]
-    passages = [{"contents": '"Cat"\nA cat purrs.'}, {"contents": '"Dog"\nA dog barks.'}]
-    write(tmp_path, {"corpus.jsonl": passages, "train.jsonl": rows, "test.jsonl": forms, "dev.jsonl": rows[:1]})
-    env = envs.SearchQA(tmp_path)        # test.jsonl goes before dev.jsonl
+    write(tmp_path, {"train.jsonl": rows, "test.jsonl": forms, "dev.jsonl": rows[:1], "rows.parquet": "text"})
+    env = envs.SearchQA(tmp_path)
     assert [ask(env, i, "train")[0] for i in range(env.num_tasks("train"))] == [f"{i}?" for i in range(5)]
-    assert env.num_tasks("val") == len(forms) and all(is_read(env, number) for number in range(len(forms)))
+    assert env.num_tasks("val") == len(forms) and all(is_read(env, i) for i in range(len(forms)))    # not dev.jsonl
     assert env.task_types == ("nq", "unknown") and ask(env)
     assert "A dog barks." in env.step("<search> dogs </search>")[0]      # from the corpus beside the rows
     refused("generated questions only", env.expert)
@@ -526,7 +490,6 @@ def test_all_forms_of_rows_are_read_in_order_splits_have_own_files_and_a_single_
     assert ask(env)[0] == "0?" and env.num_tasks("val") == 1
     refused("no 'train' questions beside .*dev.jsonl.*train.jsonl", env.num_tasks, "train")
     parquet, path = pytest.importorskip("pyarrow.parquet"), tmp_path / "rows.parquet"
-    path.write_text("text")
     refused("rows.parquet is not a parquet file", ask, alone(path))
     for row in forms:
         parquet.write_table(sys.modules["pyarrow"].Table.from_pylist([row]), path)
