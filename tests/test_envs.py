@@ -410,16 +410,16 @@ def test_a_search_that_fails_costs_a_turn_but_not_the_episode(monkeypatch, reply
 
 def test_the_command_serves_a_file_until_an_interrupt(tmp_path):
     command = [sys.executable, envs.__file__, "serve-search", "--port", "0", "--corpus"]
-    process = subprocess.Popen([*command, write(tmp_path, {}) / "corpus.jsonl"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True,      # an interrupt may be ignored where this runs
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    try:
-        url = process.stdout.readline().split()[2].rstrip(",")
-        assert quick(url)("cats", 1) == ['"Cat"\nA cat purrs.']
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=20)[1] == "" and process.returncode == 0
-    finally:
-        process.kill()
+    with subprocess.Popen([*command, write(tmp_path, {}) / "corpus.jsonl"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True,           # an interrupt may be ignored where this runs
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
+        try:
+            url = process.stdout.readline().split()[2].rstrip(",")
+            assert quick(url)("cats", 1) == ['"Cat"\nA cat purrs.']
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=20)[1] == "" and process.returncode == 0
+        finally:
+            process.kill()
     refused("no answer in 3 tries", quick(url), "cats", 1, kind=ConnectionError)       # nobody listens any more
 
 
