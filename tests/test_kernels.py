@@ -32,7 +32,7 @@ if kernels.triton is not None:
 
 @pytest.fixture(params=[pytest.param(x, marks=needs_triton if x == "triton" else ()) for x in SETTINGS])
 def backend(request, monkeypatch):
-    """Runs a test in every setting, with ragged chunks, but what is fp64 in torch. -> the backend's name."""
+    """The name of the backend with which a test runs, in every setting, with ragged chunks; fp64 stays with torch."""
     name = request.param.split(",")[0]
     monkeypatch.setattr(kernels, "choose_backend", lambda _, *x: "torch" if f64 in (y.dtype for y in x) else name)
     set_chunks(monkeypatch, *SETTINGS[request.param])
@@ -42,13 +42,12 @@ def backend(request, monkeypatch):
 def set_chunks(monkeypatch, tokens, columns, keep_bytes):
     monkeypatch.setattr(kernels, "KEEP_BYTES", keep_bytes)
     monkeypatch.setattr(kernels, "STRIPS", 2)  # so that triton's have several tiles
-    monkeypatch.setattr(kernels, "chunk_sizes", lambda problem: (
-        max(1, min(tokens, len(problem.targets))), min(columns, len(problem.weight))))
+    monkeypatch.setattr(kernels, "chunk_sizes", lambda problem: (tokens, columns))
 
 
-def head_inputs(n=45, d=24, v=131, *, seed=0, dtypes=(f32, f32, f32), scale=1.0, ignored=(3, 17)):
+def head_inputs(n=45, d=24, v=131, *, dtypes=(f32, f32, f32), scale=1.0, ignored=(3, 17)):
     """-> student, teacher [n, d], weight [v, d], targets [n]."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(0)
     student, teacher = (scale * torch.randn(n, d, generator=rng, dtype=f64) for _ in range(2))
     weight, targets = torch.randn(v, d, generator=rng, dtype=f64) / d**0.5, torch.randint(v, (n,), generator=rng)
     targets[:1], targets[-1:] = 0, v - 1
@@ -147,7 +146,8 @@ def test_the_teachers_side_that_the_gradient_of_w_leaves_out_would_have_changed_
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("n, d, v", [(1, 1, 2), (5, 70, 9), (64, 64, 128), (65, 33, 129), (140, 24, 700), (3, 8, 1100)])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_sizes_around_those_of_tiles_and_strips_give_the_same_and_two_runs_are_bit_equal(name, n, d, v, divergence):
+def test_sizes_around_those_of_tiles_give_the_same_and_two_runs_are_bit_equal(monkeypatch, name, n, d, v, divergence):
+    set_chunks(monkeypatch, 100, 400, 500_000)
     inputs, options = head_inputs(n, d, v), {"divergence": divergence, "temperature": 1.5}
     first, second = (sum(run(fused_gap_gate, *inputs, **options, backend=name), []) for _ in range(2))
     assert equal(first, second)
@@ -278,7 +278,8 @@ def test_rows_begin_where_64_bits_say():
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_every_backend_is_within_the_promised_bounds_of_fp64(name, capsys):
+def test_every_backend_is_within_the_promised_bounds_of_fp64(name, capsys, monkeypatch):
+    monkeypatch.setattr(bench_kernels, "mend_interpreter", lambda: None)  # done above, and impossible without triton
     bench_kernels.main(["accuracy", "--backend", name])
     errors = {row.pop("error of"): row for row in json.loads(capsys.readouterr().out)}
     assert {"logp", "teacher_logp", "entropy", "gap", "gate", "rkl", "fkl", "jsd", "d_weight, jsd"} <= errors.keys()
