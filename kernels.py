@@ -112,7 +112,9 @@ def fused_gap_gate(
 
 
 def gate_values(gate, gap, entropy, beta):
-    """Trust the teacher where it prefers the token, where the student is unsure, where either holds, or always."""
+    """gap, entropy [N] -> gate [N]: trust the teacher where it prefers the token ("gap"), where the student is unsure
+    ("entropy"), where either holds ("soft_or", the OR of probabilities), or always ("none").
+    """
     if gate == "gap":
         return torch.sigmoid(beta * gap)
     if gate == "entropy":
@@ -816,8 +818,3 @@ def triton_gradient(problem, scores, upstream, kept):
 BACKENDS = {"torch": Backend(torch_forward, torch_gradient)}
 if triton is not None:
     BACKENDS["triton"] = Backend(triton_forward, triton_gradient)
-
-if __name__ == "__main__":  # measurements
-    from tools.bench_kernels import main
-
-    main()

@@ -117,6 +117,8 @@ def test_products_prices_goals_draws_and_splits_are_those_of_the_original(offici
             told = {"instructions": case["human_instructions"]} if case["human_instructions"] else {}
             expected = {key: value for key, value in expected.items() if not key.startswith("instruction_")} | told
         assert env.products[expected["asin"]] == expected
+    for attribute, asins in loaded["attribute_to_asins"].items():
+        assert sorted(asin for asin, product in env.products.items() if attribute in product["Attributes"]) == asins
     for case in golden("webshop/documents"):
         assert retrieval.product_document(env.products[case["id"]]) == case["contents"]
     for case in recorded["cases"]:
@@ -178,7 +180,10 @@ def test_every_recorded_shopping_episode_replays_exactly(official, file, cases, 
             if state := step["state"]:   # the training variant shows another episode after the last step
                 assert (env.page, env.query, env.page_number, env.asin, env.options) == tuple(
                     state[key] for key in ("page_kind", "keywords", "page", "asin", "options"))
-                assert env.clickables == step["available_actions"]["clickables"]
+                actions = step["available_actions"]
+                assert (env.clickables, env.page == "start") == (actions["clickables"], actions["has_search_bar"])
+            assert not shown or env.results == ranking[shown["query"]]
+            assert step.get("reward_info", {}).items() <= (env.reward_parts or {}).items()
 
 
 def test_search_is_bm25_in_document_order_finds_titles_and_knows_the_special_words_of_the_original(official):
