@@ -265,7 +265,7 @@ def without_ignored(student, teacher, weight, targets, rows, scale, divergence):
         return row_major(hidden.to(torch.promote_types(hidden.dtype, weight.dtype)))
 
     student, teacher = gather(student), None if teacher is None else gather(teacher)
-    targets = targets if rows is None else targets[rows]
+    targets = (targets if rows is None else targets[rows]).contiguous()  # triton's kernels know no stride of it
     return Problem(student, teacher, row_major(weight), targets, scale, divergence, dtype)
 
 
