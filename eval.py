@@ -43,7 +43,8 @@ from lib import runs
 from lib.runs import UserError
 from lib.settings import add_options
 
-FORMAT = "sdar eval 2"  # marks result files
+FORMAT = "sdar eval 2"  # marks result files, which have all of PARTS
+PARTS = {"model", "evaluation_set", "conditions", "sampling", "config", "summary", "outcomes"}
 Z = NormalDist().inv_cdf(0.975)
 RESAMPLES, BLOCK = 10_000, 100  # resamples of a bootstrap, and how many are held in memory at once
 
@@ -159,7 +160,7 @@ FLAGS = (*SETTINGS, "device", "threads", "eval_tasks", "eval_temperature")
 
 def evaluation_config(model, explicit):
     """Model and explicitly given settings -> Config: that of the run around a checkpoint, else sdar's defaults."""
-    folder = Path(model).absolute()
+    folder, flags = Path(model).absolute(), explicit
     explicit = {"eval_tasks": sdar.Config.eval_tasks, "eval_temperature": sdar.Config.eval_temperature,
                 "model": model} | explicit
     if not runs.is_run(folder.parent):
@@ -170,7 +171,7 @@ def evaluation_config(model, explicit):
     cfg = dataclasses.replace(run, **explicit)
     if cfg.retrieval == "none":  # a run without a teacher, which is to be shown the same skills as the others
         cfg.retrieval = sdar.Config.retrieval
-    sdar.validate(cfg)
+    sdar.validate(cfg, flags.keys() & {"retriever", "history_observations"})
     return cfg
 
 
@@ -276,9 +277,9 @@ def read_result(path):
         result = json.loads(Path(path).read_text())
     except OSError as error:
         raise UserError(f"The result file {path} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file, so not a result of eval.py ({error}).") from error
-    if not isinstance(result, dict) or result.get("format") != FORMAT:
+    if not isinstance(result, dict) or result.get("format") != FORMAT or PARTS - result.keys():
         raise UserError(f"{path} was not written by this version of eval.py (format {FORMAT!r}).")
     return result
 
@@ -292,8 +293,7 @@ def compare(first_path, second_path):
                         f"({' and '.join(sets)}): only results on the same tasks can be compared.")
     shared = [name for name in first["conditions"] if name in second["conditions"]]
     if not shared:
-        raise UserError(f"{first_path} and {second_path} have no condition in common: evaluate both with the same "
-                             "--condition.")
+        raise UserError(f"{first_path} and {second_path} have no condition in common: evaluate both with the same one.")
     print(f"A  {first_path}: {headline(first)}\nB  {second_path}: {headline(second)}")
     print(f"settings that differ, A | B: {changes(first, second) or 'none'}")
     result = {}

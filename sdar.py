@@ -201,7 +201,7 @@ class Config:
     max_grad_norm: float = option(1.0, "gradient norm clip", above=0)
     micro_tokens: int = option(4096, "padded tokens per micro-batch; bounds the memory of an update", at_least=1)
     recompute: bool = option(False, "keep no activations in the forward pass (gradient checkpointing): slower, smaller")
-    seed: int = option(0, "seed of sampling and task order")
+    seed: int = option(0, "seed of sampling and task order", at_least=-2**40, at_most=2**40)
     # evaluation and run folder
     eval_every: int = option(10, "steps between evaluations on the fixed evaluation set, 0 for none", at_least=0)
     eval_tasks: int = option(128, "tasks in the evaluation set", at_least=1)
@@ -331,7 +331,10 @@ def load_skills(cfg, task_types):
         if not path.is_file():
             raise UserError(f"The skills folder {folder} has no {path.name}: it needs general.md and a file for each "
                             f"of {', '.join(task_types)}.")
-        return path.read_text(encoding="utf-8").strip()
+        try:
+            return path.read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text: {first_sentence(error)}") from error
 
     general, by_type = read("general"), {kind: read(kind) for kind in task_types}
     if cfg.retrieval == "full":
@@ -553,10 +556,7 @@ def sample_batch(policy, prompts, cfg, temperature, generator):
     stops = ["length"] * len(prompts)
     for number in range(cfg.max_response_tokens):
         logprobs = (logits / (temperature or 1.0)).log_softmax(-1)  # [B, V]
-        if temperature == 0:
-            token = logprobs.argmax(-1, keepdim=True)
-        else:
-            token = torch.multinomial(logprobs.exp(), 1, generator=generator)  # [B, 1]
+        token = models.draw_tokens(logprobs, temperature, generator)  # [B, 1]
         chosen = logprobs.gather(1, token)[:, 0]
         ended = torch.isin(token[:, 0], stop_ids)
         for row, t, lp, end in zip(alive.tolist(), token[:, 0].tolist(), chosen.tolist(), ended.tolist()):
@@ -708,7 +708,7 @@ def guard(task, doing, call, *args, **kwargs):
 def step_tasks(cfg, env, step):
     """Tasks of a training step, drawn by (seed, step) alone so that a resumed run sees the same; a group's episodes are
     contiguous."""
-    size = env.num_tasks("train")
+    size = guard(Task("train", 0, 0), "counting tasks", env.num_tasks, "train")
     if size < cfg.tasks:
         raise UserError(f"--tasks {cfg.tasks} is more than the {size} training tasks of {cfg.env}: lower it.")
     ids = random.Random(f"{cfg.seed} tasks {step}").sample(range(size), cfg.tasks)
@@ -956,8 +956,11 @@ def train(cfg, folder=None, checkpoint=None):
     policy = load_policy(cfg)
     check_prompt_limit(policy, cfg, environments[0])
     optimizer = make_optimizer(policy.model, cfg)
-    folder = folder or runs.create_run(cfg, __version__)
-    done = runs.restore(checkpoint, policy.model, optimizer, policy.ref) if checkpoint else 0
+    if checkpoint:
+        done = runs.restore(checkpoint, policy.model, optimizer, policy.ref)
+        runs.write_settings(folder, cfg)  # some may have changed
+    else:
+        folder, done = runs.create_run(cfg, __version__), 0
     head = policy.model.get_output_embeddings().weight
     print(runs.headline(cfg, folder, policy, kernels.choose_backend("auto", head, head)), flush=True)
     with runs.Run(folder, policy.model, policy.chat.tokenizer, optimizer, cfg, done, "python sdar.py") as run:
@@ -1029,7 +1032,7 @@ def main(argv=None):
     """The command line. Returns the exit status; bad input is one sentence on standard error and status 2."""
     try:
         explicit, resume = parse_args(argv)
-        if resume:
+        if resume is not None:
             cfg, folder, checkpoint = runs.reopen(resume, explicit, Config, ("steps", "threads", "report_to"))
             validate(cfg)
             train(cfg, folder, checkpoint)

@@ -23,9 +23,12 @@ def choose_device(name):
 
 def is_bundled(model):
     """Whether a --model is the bundled one: "tiny", its folder, or what tools.clone has made of it."""
-    settings = Path(model) / "clone.json"
-    return (model == "tiny" or Path(model).resolve() == TINY
-            or settings.is_file() and json.loads(settings.read_text()).get("model") == "tiny")
+    try:
+        files = [folder / "clone.json" for folder in (Path(model), Path(model).parent)]
+        stored = [json.loads(path.read_text()) for path in files if path.is_file()]
+        return model == "tiny" or Path(model).resolve() == TINY or any(one.get("bundled") is True for one in stored)
+    except (OSError, ValueError, AttributeError, RecursionError):  # what is wrong with the folder is said when it loads
+        return False
 
 
 def read_model(path):
@@ -94,6 +97,17 @@ def recompute_activations(model):
     """Keeps no activations in the forward pass; takes effect in train mode only."""
     enable = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.24
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def draw_tokens(logprobs, temperature, generator):
+    """logprobs [B, V] -> sampled tokens [B, 1], the likeliest at temperature 0. UserError if they have diverged."""
+    if temperature == 0:
+        return logprobs.argmax(-1, keepdim=True)
+    try:
+        return torch.multinomial(logprobs.exp(), 1, generator=generator)
+    except RuntimeError as error:
+        raise UserError(f"No token can be sampled ({first_sentence(error)} The weights have diverged, or --temperature "
+                        f"{temperature} is too small: lower --lr, or raise it.") from error
 
 
 def empty_cache(model):

@@ -66,20 +66,40 @@ def free_folder(name):
 def create_run(cfg, version, name="config.json"):
     """Makes the folder cfg.out and writes cfg to `name` in it -> its Path.
 
-    Raises UserError if the folder holds a run or can't be written, or if cfg.report_to is not installed.
+    Raises UserError if the folder holds a run or files of others that a run would replace, if it can't be written, or
+    if cfg.report_to is not installed.
     """
-    run, settings = Path(cfg.out), dataclasses.asdict(cfg)
+    run = Path(cfg.out)
     if cfg.report_to != "none":
         optional(TRACKERS[cfg.report_to], cfg.report_to)
     if checkpoints(run):
         raise UserError(f"{run} already holds a run: go on with it by --resume {run}, or choose another with --out.")
+    own = {"config.json", "metrics.jsonl", "curve.png", "episodes", "state.pt", "model.safetensors", name}
+    for taken in sorted(own if not is_run(run, name) else ()):
+        if (run / taken).exists():
+            raise UserError(f"{run} already holds {taken}, which a run would replace: choose another with --out.")
+    write_settings(run, cfg, name, provenance(version))
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / name).write_text(json.dumps(settings | {"provenance": provenance(version)}, indent=1))
         (run / "metrics.jsonl").write_text("")
     except OSError as error:
-        raise UserError(f"The run folder {run} cannot be written ({error.strerror}): choose one by --out.") from error
+        raise unwritable(run, error) from error
     return run
+
+
+def unwritable(run, error):
+    return UserError(f"The run folder {run} cannot be written ({error.strerror}): choose one by --out.")
+
+
+def write_settings(run, cfg, name="config.json", made_by=None):
+    """cfg and provenance in the run folder's file `name`, made or replaced atomically; made_by None: as stored."""
+    hidden = run / f".{name}.tmp"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        made_by = made_by or json.loads((run / name).read_text())["provenance"]
+        hidden.write_text(json.dumps(dataclasses.asdict(cfg) | {"provenance": made_by}, indent=1))
+        hidden.rename(run / name)
+    except OSError as error:
+        raise unwritable(run, error) from error
 
 
 def read_settings(run, kind, name="config.json"):
@@ -92,16 +112,26 @@ def read_settings(run, kind, name="config.json"):
     try:
         stored = json.loads(path.read_text())
         stored.pop("provenance")
-        return kind(**stored)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        check_types(settings := kind(**stored))
+        return settings
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} was not written by this version of the program ({error}): start a new run, or go on "
                         "with the version that its provenance names.") from error
 
 
-def is_run(folder):
-    """Whether a folder is a run of sdar.py, whose config.json is not a model's."""
-    path = Path(folder) / "config.json"
-    return path.is_file() and '"provenance"' in path.read_text()
+def check_types(settings):
+    """Raises TypeError unless each field has the type of its default (None: a str or None; float: int too)."""
+    for field in dataclasses.fields(settings):
+        value, default = getattr(settings, field.name), field.default
+        of_type = (str, type(None)) if default is None else (int, float) if type(default) is float else type(default)
+        if not isinstance(value, of_type) or isinstance(value, bool) != isinstance(default, bool):
+            raise TypeError(f"{field.name} is {value!r}")
+
+
+def is_run(folder, name="config.json"):
+    """Whether a folder is a run of ours: its settings have a provenance, which a model's config.json has not."""
+    path = Path(folder) / name
+    return path.is_file() and '"provenance"' in path.read_text(errors="replace")
 
 
 def reopen(folder, explicit, kind, changeable, name="config.json"):
@@ -119,9 +149,6 @@ def reopen(folder, explicit, kind, changeable, name="config.json"):
     if cfg.steps < step_of(found[-1]):
         raise UserError(f"--steps {cfg.steps} is less than the {step_of(found[-1])} steps that {run} already has: "
                         "raise it.")
-    if explicit:  # what the next --resume starts from
-        stored = json.loads((run / name).read_text())
-        (run / name).write_text(json.dumps(stored | explicit, indent=1))
     return cfg, run, found[-1]
 
 
@@ -149,8 +176,12 @@ def save_checkpoint(run, model, tokenizer, optimizer, step, keep=2):
     model.save_pretrained(hidden)
     tokenizer.save_pretrained(hidden)
     torch.save({"optimizer": optimizer.state_dict(), "step": step}, hidden / "state.pt")
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = run / f".{final.name}.old"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
     hidden.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     for old in checkpoints(run)[:-keep]:
         if step_of(old) > 0:
             shutil.rmtree(old)
@@ -171,27 +202,32 @@ def restore(checkpoint, model, optimizer, ref=None):
 
 
 def trim_metrics(run, step):
-    """Drops the lines that a killed run wrote after its last checkpoint; a half-written last line too."""
-    kept = []
+    """Drops the lines that a killed run wrote after its last checkpoint, and those that are no metrics or torn."""
     path = run / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    # an evaluation comes after its step's checkpoint: where one is due, the resumed run plays it again
+    kept = [line + "\n" for line, entry in read_lines(path)
+            if entry["step"] < step or entry["step"] == step and "eval/success" not in entry]
+    path.write_text("".join(kept))
+
+
+def read_lines(path):
+    """Yields (line, entry) of the lines of metrics.jsonl that are metrics."""
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
-        except ValueError:
-            break
-        # an evaluation comes after its step's checkpoint: where one is due, the resumed run plays it again
-        if entry["step"] < step or entry["step"] == step and "eval/success" not in entry:
-            kept.append(line + "\n")
-    path.write_text("".join(kept))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            yield line, entry
 
 
 # ----------------------------------------------------------------------------------------------------------- a live run
 
 @contextlib.contextmanager
-def uninterrupted():
-    """Ctrl-C waits until the block is done, so that weights, optimiser and log always belong to a whole step."""
+def uninterrupted(doing="finishing this update, then saving ..."):
+    """Ctrl-C waits until the block is done, so that weights, optimiser, log and files always belong to a whole step."""
     pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(print("\nfinishing this update, then saving ...")))
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(print(f"\n{doing}")))
     try:
         yield
     finally:
@@ -204,12 +240,13 @@ class Run:
     """An open run: log, progress bar and checkpoints. `step` is the number of whole steps done.
 
     As a context manager it saves the whole steps however the block ends: at the end, on Ctrl-C (KeyboardInterrupt goes
-    on, with a line on how to resume), and on a UserError (which then says where they are).
+    on, with a line on how to resume), and on a UserError (which then says where they are). No Ctrl-C ends a save.
     """
 
     def __init__(self, folder, model, tokenizer, optimizer, cfg, step, command):
         """cfg: settings of the run (steps, save_every, report_to); step: those done; command: what --resume follows."""
-        self.folder, self.step, self.command, self.save_every = folder, step, command, cfg.save_every
+        self.folder, self.step, self.save_every = folder, step, cfg.save_every
+        self.resume = f"{command} --resume {folder}"
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.send = tracker(cfg, folder)
         self.bar = tqdm(total=cfg.steps, initial=step, unit="step", dynamic_ncols=True)
@@ -219,20 +256,32 @@ class Run:
 
     def __enter__(self):
         if self.step == 0:
-            self.save()  # a resumed run reads its reference model from there
+            self.save_whole()  # a resumed run reads its reference model from there
         return self
 
     def __exit__(self, kind, error, trace):
-        resume = f"{self.command} --resume {self.folder}"
         try:
-            if isinstance(error, KeyboardInterrupt):
-                self.bar.write(f"stopped after step {self.step}, saved in {self.save()}; go on: {resume}")
+            if error is None or isinstance(error, KeyboardInterrupt):
+                self.save_whole(stopped=error is not None)
             elif isinstance(error, UserError):
-                raise UserError(f"{error} All whole steps are saved in {self.save()}; {resume} goes on.") from error
-            elif error is None:
-                self.save()
+                with contextlib.suppress(KeyboardInterrupt), uninterrupted("saving ..."):
+                    saved = self.save()
+                raise UserError(f"{error} All whole steps are saved in {saved}; {self.resume} goes on.") from error
+            elif isinstance(error, OSError):
+                raise unwritable(self.folder, error) from error
         finally:
             self.bar.close()
+
+    def save_whole(self, stopped=False):
+        """Saves; if Ctrl-C stopped the run, or is pressed meanwhile, says how to go on; raises the latter."""
+        try:
+            with uninterrupted("saving ..."):
+                saved = self.save()
+        except KeyboardInterrupt:
+            self.bar.write(f"stopped after step {self.step}, saved in {saved}; go on: {self.resume}")
+            raise
+        if stopped:
+            self.bar.write(f"stopped after step {self.step}, saved in {saved}; go on: {self.resume}")
 
     def log(self, step, metrics, line):
         """A line in metrics.jsonl, the same to wandb or tensorboard, and `line` above the progress bar."""
@@ -317,7 +366,7 @@ def plot_curve(run, cfg):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    entries = [entry for _, entry in read_lines(run / "metrics.jsonl")]
     tasks = f"{cfg.eval_tasks} evaluation tasks"
     curves = {"reward/success": (f"training rollouts, T={cfg.temperature:g}", dict(color="0.75", lw=1)),
               "eval/success": (f"{tasks}, T={cfg.eval_temperature:g}", dict(color="C0", marker="o")),

@@ -22,7 +22,7 @@ def check_value(field, value):
               (allowed["above"], lambda bound: value > bound, "greater than"),
               (allowed["at_most"], lambda bound: value <= bound, "at most")]
     for bound, holds, words in bounds:
-        if bound is not None and not (math.isfinite(value) and holds(bound)):
+        if bound is not None and (value in (math.inf, -math.inf) or not holds(bound)):  # NaN holds nowhere
             raise UserError(f"{name} ({allowed['help']}) is {value}, but must be finite and {words} {bound}.")
 
 

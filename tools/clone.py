@@ -39,6 +39,7 @@ class CloneConfig(sdar.Config):
     save_every: int = option(200, "steps between checkpoints", at_least=1)
     kl_coef: float = option(0.0, "not used: cloning has no reference model")
     teacher: str = option("none", "not used: cloning has no teacher")
+    bundled: bool = option(False, "not a flag: whether the model descends from the bundled one, and keeps its defaults")
 
 
 FLAGS = ("env", "data", "model", "device", "dtype", "threads", "history", "history_observations", "max_prompt_tokens",
@@ -55,7 +56,8 @@ def clone_config(explicit, kind=CloneConfig):
         raise UserError(f"--env {env!r} is unknown; choose from {', '.join(envs.ENVIRONMENTS)}.")
     prompts = {name: value for name, value in sdar.defaults(env, model).items()
                if name in FLAGS and name not in ("steps", "lr")}
-    cfg = kind(**(prompts | (FOR_TINY if models.is_bundled(model) else {}) | explicit))
+    small = FOR_TINY | {"bundled": True} if models.is_bundled(model) else {}
+    cfg = kind(**(prompts | small | explicit))
     cfg.out = cfg.out or runs.free_folder(f"{env}-clone-{cfg.seed}")
     check_values(cfg)
     for name in ("skills", "retrieval"):
@@ -175,14 +177,17 @@ def run(cfg, policy, lessons_of, folder=None, checkpoint=None, command="python -
     folder, checkpoint: the run to go on with. Ctrl-C and a UserError save the whole steps.
     """
     optimizer = sdar.make_optimizer(policy.model, cfg)
-    folder = folder or runs.create_run(cfg, sdar.__version__, SETTINGS)
-    done = runs.restore(checkpoint, policy.model, optimizer) if checkpoint else 0
+    if checkpoint:
+        done = runs.restore(checkpoint, policy.model, optimizer)
+        runs.write_settings(folder, cfg, SETTINGS)
+    else:
+        folder, done = runs.create_run(cfg, sdar.__version__, SETTINGS), 0
     print(f"cloning into {folder}, {cfg.steps} steps on {policy.device}", flush=True)
     with runs.Run(folder, policy.model, policy.chat.tokenizer, optimizer, cfg, done, command) as open_run:
         for step in range(done, cfg.steps):
             start = time.perf_counter()
-            lessons = lessons_of(step)
-            with runs.uninterrupted():
+            with runs.uninterrupted():  # drawing lessons too: tools.tiny changes the model there, once
+                lessons = lessons_of(step)
                 metrics = clone_step(policy, optimizer, cfg, lessons, step)
                 seconds = time.perf_counter() - start
                 open_run.finish_step(
@@ -204,7 +209,7 @@ def parse(argv, description, kind, flags, fixed=None):
                                       for name, row in sdar.TABLES.items()} | {"tiny": FOR_TINY})
     explicit = vars(parser.parse_args(argv))
     resume = explicit.pop("resume")
-    if resume:
+    if resume is not None:
         cfg, folder, checkpoint = runs.reopen(resume, explicit, kind, ("threads", "report_to"), SETTINGS)
         check_values(cfg)
         return cfg, folder, checkpoint
@@ -216,6 +221,7 @@ def clone(argv):
     source = make_source(cfg)
     demonstrated_turns(source, random.Random(0))  # raises now if the tasks have no expert
     policy = sdar.load_policy(cfg)
+    sdar.check_prompt_limit(policy, cfg, source.env)
     folder = run(cfg, policy, expert_lessons(policy.chat, source), folder, checkpoint)
     print(f"saved in {folder}; train it: python sdar.py --env {cfg.env} --model {folder}")
 
