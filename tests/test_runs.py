@@ -29,8 +29,8 @@ def straight(model_folder, tmp_path_factory):
     return run
 
 
-def assert_same_run(run, straight, last="checkpoint-4"):
-    assert same(weights_of(run / last), weights_of(straight / last))
+def assert_same_run(run, straight):
+    assert same(weights_of(run / "checkpoint-4"), weights_of(straight / "checkpoint-4"))
     assert lines_of(run) == lines_of(straight)
 
 
@@ -41,8 +41,7 @@ def test_a_run_folder_holds_config_metrics_curve_episodes_and_loadable_checkpoin
         "config.json", "metrics.jsonl", "curve.png", "episodes", "checkpoint-0", "checkpoint-3", "checkpoint-4"}
     stored = json.loads((straight / "config.json").read_text())
     assert stored["tasks"] == 2 and stored["sdar_coef"] == 0.01
-    provenance = stored["provenance"]
-    assert provenance["packages"]["torch"] == torch.__version__ and provenance["sdar"] == sdar.__version__
+    assert stored["provenance"]["packages"]["torch"] == torch.__version__
     lines = lines_of(straight)
     assert [(e["step"], "eval/success" in e) for e in lines] == [
         (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
@@ -104,36 +103,25 @@ def test_ctrl_c_saves_whole_steps_and_the_resumed_run_is_the_uninterrupted_one(
     assert_same_run(run, straight)
 
 
-def stop(arguments, run, with_signal, seconds=60):
-    """Starts the program, sends it a signal after its first step -> (exit status, standard output)."""
+@pytest.mark.parametrize("stop, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_program_that_is_killed_or_stopped_by_ctrl_c_resumes_bit_for_bit(
+        stop, status, straight, model_folder, tmp_path):
+    run, end = tmp_path / "run", time.monotonic() + 60
     process = subprocess.Popen(
-        [sys.executable, sdar.__file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, sdar.__file__, *flags(model_folder, run)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    end = time.monotonic() + seconds
     while not (run / "checkpoint-1").exists():
         assert process.poll() is None and time.monotonic() < end, "checkpoint-1 did not appear"
         time.sleep(0.005)
-    process.send_signal(with_signal)
-    output, _ = process.communicate(timeout=seconds)
-    return process.returncode, output
-
-
-def test_a_killed_run_resumes_bit_for_bit(straight, model_folder, tmp_path):
-    run = tmp_path / "run"
-    assert stop(flags(model_folder, run), run, signal.SIGKILL)[0] == -signal.SIGKILL
-    assert not (run / "checkpoint-4").exists()
+    process.send_signal(stop)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == status and not (run / "checkpoint-4").exists()
+    if stop == signal.SIGINT:
+        assert f"saved in {runs.checkpoints(run)[-1]}" in output and f"--resume {run}" in output
+        assert not list(run.glob(".*"))  # no half-written checkpoint
     assert sdar.main(["--resume", str(run)]) == 0
     assert_same_run(run, straight)
-
-
-def test_a_program_stopped_by_ctrl_c_exits_with_130_and_says_where_it_saved(model_folder, tmp_path):
-    run = tmp_path / "run"
-    status, output = stop(flags(model_folder, run, steps=1000), run, signal.SIGINT)
-    last = runs.checkpoints(run)[-1]
-    assert status == 130
-    assert f"saved in {last}" in output and f"--resume {run}" in output
-    assert len(weights_of(last)) > 10 and not list(run.glob(".*"))
 
 
 def test_an_environment_that_raises_loses_no_finished_step(model_folder, tmp_path, capsys, monkeypatch):
@@ -196,7 +184,7 @@ def official_games(folder):
 
 @pytest.mark.parametrize("name, more, types_seen", [
     ("alfworld", lambda folder: {}, 3), ("search", lambda folder: {}, 3), ("alfworld", official_games, 2)])
-def test_a_run_learns_in_the_other_environments_and_logs_success_by_task_type(
+def test_a_run_trains_in_the_other_environments_and_logs_success_by_task_type(
         name, more, types_seen, model_folder, tmp_path):
     run, changes = tmp_path / "run", {"eval_tasks": 6} | more(tmp_path / "data")
     assert sdar.main(flags(model_folder, run, env=name, steps=1, eval_every=1, **changes)) == 0
@@ -249,7 +237,6 @@ SIZES = {"customization_options": {"size": [{"value": "s"}, {"value": "m"}]}}
 # name: (flags of a good run that are replaced, what the sentence must name); t: an empty folder, m: a good model
 BAD_INPUT = {
     "unknown environment": lambda t, m: ({"env": "chess"}, "--env 'chess'"),
-    "unknown method": lambda t, m: ({"method": "ppo"}, "--method 'ppo'"),
     "unknown gate": lambda t, m: ({"gate": "wide"}, "--gate 'wide'"),
     "unknown device": lambda t, m: ({"device": "abacus"}, "abacus"),
     "missing model": lambda t, m: ({"model": t / "nowhere"}, "nowhere"),
@@ -262,24 +249,19 @@ BAD_INPUT = {
     "questions without a retriever": lambda t, m: ({"env": "search", "data": questions(t / "q")}, "no corpus.jsonl"),
     "more turns than the environment plays": lambda t, m: ({"max_turns": 16}, "--max_turns 16"),
     "games without a folder": lambda t, m: ({"env": "alfworld", "data": t / "houses"}, "houses"),
-    "missing data": lambda t, m: ({"data": t / "shelf"}, "shelf"),
     "malformed products": lambda t, m: ({"data": shop(t / "shelf", "[{")}, "items_shuffle.json"),
     "catalogue without a goal": lambda t, m: ({"data": shop(t / "shelf", [PRODUCT], instruction=False)}, "shelf"),
     "too few training tasks": lambda t, m: ({"data": shop(t / "shelf", [PRODUCT | SIZES])}, "--tasks"),
     "group of one": lambda t, m: ({"group_size": 1}, "--group_size"),
-    "negative lambda": lambda t, m: ({"sdar_coef": -0.1}, "--sdar_coef"),
     "learning rate that is not a number": lambda t, m: ({"lr": "nan"}, "--lr"),
     "temperature zero": lambda t, m: ({"temperature": 0}, "--temperature"),
-    "infinite temperature": lambda t, m: ({"temperature": "inf"}, "--temperature"),
     "skills without general.md": lambda t, m: ({"skills": t}, "general.md"),
     "prompt limit too small": lambda t, m: ({"max_prompt_tokens": 20}, "--max_prompt_tokens"),
     "too many evaluation tasks": lambda t, m: ({"eval_tasks": 501}, "--eval_tasks"),
     "a flag without effect": lambda t, m: ({"method": "grpo", "gate_beta": 2}, "--gate_beta"),
-    "skills without a teacher": lambda t, m: ({"teacher": "none", "skills": t}, "--skills"),
     "exact divergence to an early teacher": lambda t, m: ({"surrogate": "rkl", "teacher": "rollout"}, "--teacher"),
     "evaluation flags without evaluations": lambda t, m: ({"eval_every": 0}, "--eval_tasks"),
     "out is a file": lambda t, m: ({"out": m / "config.json"}, "config.json"),
-    "out below a file": lambda t, m: ({"out": m / "config.json" / "run"}, "config.json"),
 }
 
 
@@ -288,5 +270,3 @@ def test_bad_input_is_one_sentence_that_names_the_culprit(name, model_folder, tm
     changes, culprit = BAD_INPUT[name](tmp_path, model_folder)
     refused(sdar.main, flags(model_folder, tmp_path / "run", **changes), culprit, capsys)
     assert not (tmp_path / "run").exists()  # so that the corrected command can use the folder
-
-
