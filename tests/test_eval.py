@@ -40,13 +40,6 @@ def test_a_bootstrap_interval_is_as_wide_as_the_normal_one_repeatable_and_covers
     assert 87 <= sum(low <= 1.0 <= high for low, high in intervals) <= 99
 
 
-def test_pairing_takes_the_difficulty_of_tasks_out_of_the_interval():
-    easy = np.random.default_rng(3).uniform(size=100)
-    assert evaluation.paired_bootstrap(easy + 0.1, easy) == pytest.approx((0.1, 0.1, 0.1))
-    low, high = evaluation.bootstrap(easy)
-    assert high - low > 0.1
-
-
 def test_mcnemar_is_the_two_sided_binomial_of_the_discordant_tasks():
     first, second = [1] * 8 + [0] * 2 + [1] * 50, [0] * 8 + [1] * 2 + [1] * 50
     assert evaluation.mcnemar(first, second) == pytest.approx(2 * (1 + 10 + 45) / 1024)  # 0.109375
