@@ -208,32 +208,22 @@ def test_a_retriever_that_is_down_is_counted_and_loses_no_step(model_folder, tmp
 
 # ------------------------------------------------------------------------------------------------------------ bad input
 
-PRODUCT = {"asin": "B000000001", "name": "red lamp", "category": "garden", "product_category": "a > b", "query": "lamp",
-           "full_description": "x", "small_description": ["x"], "pricing": "$9.99", "customization_options": None,
-           "images": ["x"]}
-
-
-def shop(folder, items, instruction=True):
-    folder.mkdir()
-    (folder / "items_shuffle.json").write_text(items if isinstance(items, str) else json.dumps(items))
-    asked = {"instruction": "buy a lamp", "instruction_attributes": ["red"]} if instruction else {}
-    (folder / "items_ins_v2.json").write_text(json.dumps({"B000000001": {"attributes": ["red"]} | asked}))
-    return folder
-
-
 def without(source, folder, *files):
     """A copy of the model folder without some of its files."""
     return shutil.copytree(source, folder, ignore=lambda *_: files)
 
 
-def questions(folder):
+def written(folder, texts):
+    """A new folder with these files, {name: text}."""
     folder.mkdir()
-    for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text('{"question": "x?", "golden_answers": ["y"]}\n' * 2)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
     return folder
 
 
-SIZES = {"customization_options": {"size": [{"value": "s"}, {"value": "m"}]}}
+QUESTIONS = dict.fromkeys(("train.jsonl", "test.jsonl"), '{"question": "x?", "golden_answers": ["y"]}\n' * 2)
+CORPUS = {"corpus.jsonl": '{"contents": "y"}\n'}
+NO_JSON = {"items_shuffle.json": "[{", "items_ins_v2.json": "{}"}
 # name: (flags of a good run that are replaced, what the sentence must name); t: an empty folder, m: a good model
 BAD_INPUT = {
     "unknown environment": lambda t, m: ({"env": "chess"}, "--env 'chess'"),
@@ -246,12 +236,12 @@ BAD_INPUT = {
     "model without weights": lambda t, m: ({"model": without(m, t / "empty", "model.safetensors")}, "empty"),
     "retriever that nothing asks": lambda t, m: ({"retriever": "http://127.0.0.1:9"}, "webshop searches nothing"),
     "retriever without a scheme": lambda t, m: ({"env": "search", "retriever": "127.0.0.1"}, "http://127.0.0.1:8000"),
-    "questions without a retriever": lambda t, m: ({"env": "search", "data": questions(t / "q")}, "no corpus.jsonl"),
+    "questions without a retriever": lambda t, m: ({"env": "search", "data": written(t / "q", QUESTIONS)}, "no corpus.jsonl"),
     "more turns than the environment plays": lambda t, m: ({"max_turns": 16}, "--max_turns 16"),
     "games without a folder": lambda t, m: ({"env": "alfworld", "data": t / "houses"}, "houses"),
-    "malformed products": lambda t, m: ({"data": shop(t / "shelf", "[{")}, "items_shuffle.json"),
-    "catalogue without a goal": lambda t, m: ({"data": shop(t / "shelf", [PRODUCT], instruction=False)}, "shelf"),
-    "too few training tasks": lambda t, m: ({"data": shop(t / "shelf", [PRODUCT | SIZES])}, "--tasks"),
+    "malformed products": lambda t, m: ({"data": written(t / "shelf", NO_JSON)}, "items_shuffle.json"),
+    "too few training tasks": lambda t, m: (
+        {"env": "search", "data": written(t / "q", QUESTIONS | CORPUS), "tasks": 3}, "--tasks 3"),
     "group of one": lambda t, m: ({"group_size": 1}, "--group_size"),
     "learning rate that is not a number": lambda t, m: ({"lr": "nan"}, "--lr"),
     "temperature zero": lambda t, m: ({"temperature": 0}, "--temperature"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import interrupt_in, questions
+from test_runs import CORPUS, QUESTIONS, interrupt_in, written
 
 import envs
 import sdar
@@ -89,7 +89,7 @@ def test_cloning_writes_a_model_folder_and_is_resumed_bit_for_bit(model_folder, 
     ({"model": "nowhere/at/all"}, "nowhere/at/all"), ({"env": "search", "data": "rows"}, "No scripted player")])
 def test_bad_input_of_cloning_is_one_sentence(changes, culprit, model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (questions(tmp_path / "rows") / "corpus.jsonl").write_text('{"contents": "y"}\n')
+    written(tmp_path / "rows", QUESTIONS | CORPUS)
     refused(clone.main, clone_flags("run", **{"model": model_folder} | changes), culprit, capsys)
     assert not Path("run").exists()
 
