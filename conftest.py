@@ -82,7 +82,7 @@ def refused(program, arguments, culprit, capsys):
 
 
 def own_logp(model, prompt, response, temperature=1.0, whole=False):
-    """Log-probs of a response, or of all tokens at each of its places, by the model's own logits, unpacked, unpadded."""
+    """Log-probs of a response, or of all tokens at each of its places, by the model's own logits, one by one."""
     ids = torch.tensor([prompt + response])
     with torch.no_grad():
         logp = (model(ids).logits[0, len(prompt) - 1:-1] / temperature).log_softmax(-1)

@@ -63,23 +63,17 @@ def episodes_by_hand(validity, won):
             for valid, w in zip(validity, won)]
 
 
-def test_every_turn_gets_its_episodes_advantage_and_an_invalid_turn_is_penalised(policy):
-    episodes = episodes_by_hand([[True, False], [True]], [True, False])
-    rows, metrics = sdar.make_rows(policy, config(**NO_TEACHER, invalid_penalty=0.25), episodes, {})
-    a = math.sqrt(0.5)
-    assert [row.advantage for row in rows] == pytest.approx([a, a - 0.25, -a], abs=1e-6)
-    assert metrics["grpo/zero_variance_groups"] == 0
-
-
-def test_statistics_over_turns_put_the_penalty_inside_as_the_released_code_does(policy):
-    episodes = episodes_by_hand([[True, False], [True]], [False, False])
-    rows, metrics = sdar.make_rows(policy, config(**NO_TEACHER, advantage_stats="turn"), episodes, {})
-    # 0, -0.1, 0: mean -1/30, unbiased standard deviation 0.1 / sqrt(3)
-    hand = [1 / math.sqrt(3), -2 / math.sqrt(3), 1 / math.sqrt(3)]
+@pytest.mark.parametrize("stats, won, hand", [
+    ("episode", True, [math.sqrt(1 / 2), math.sqrt(1 / 2) - 0.25, -math.sqrt(1 / 2)]),
+    ("episode", False, [0, -0.25, 0]),  # all lost: only the format is trained
+    ("turn", False, [1 / math.sqrt(3), -2 / math.sqrt(3), 1 / math.sqrt(3)])])  # 0, -0.25, 0: std 0.25 / sqrt(3)
+def test_an_invalid_turn_is_penalised_after_the_statistics_or_inside_them_as_in_the_released_code(
+        policy, stats, won, hand):
+    episodes = episodes_by_hand([[True, False], [True]], [won, False])
+    cfg = config(**NO_TEACHER, advantage_stats=stats, invalid_penalty=0.25)
+    rows, metrics = sdar.make_rows(policy, cfg, episodes, {})
     assert [row.advantage for row in rows] == pytest.approx(hand, rel=1e-4)
-    assert metrics["grpo/zero_variance_groups"] == 1  # all lost: only the format is trained
-    rows, _ = sdar.make_rows(policy, config(**NO_TEACHER), episodes, {})
-    assert [row.advantage for row in rows] == pytest.approx([0, -0.1, 0])
+    assert metrics["grpo/zero_variance_groups"] == (not won)
 
 
 def test_the_return_is_ten_for_a_win_or_ten_times_the_score():
@@ -180,13 +174,12 @@ def test_at_beta_zero_the_gate_is_exactly_one_half_and_at_a_large_beta_it_is_har
 def test_the_gradient_is_minus_the_weighted_score_and_nothing_flows_into_teacher_or_gate(surrogate, weight):
     logp, teacher, mask = gap_example()
     gap = (teacher - logp).detach()
-    for given, gate, asked, num_tokens in (
+    for gate, used, num, divisor in (
             (None, torch.sigmoid(2 * gap), None, mask.sum()), (torch.full_like(gap, 0.9), 0.9, 40, 40)):
         logp.grad = None
-        loss, metrics = sdar.sdar_loss(
-            logp, teacher, mask, beta=2.0, num_tokens=asked, surrogate=surrogate, gate=given)
+        loss, metrics = sdar.sdar_loss(logp, teacher, mask, beta=2.0, num_tokens=num, surrogate=surrogate, gate=gate)
         loss.backward()
-        torch.testing.assert_close(logp.grad, -weight(gap, gate) * mask / num_tokens)
+        torch.testing.assert_close(logp.grad, -weight(gap, used) * mask / divisor)
     assert teacher.grad is None and not any(value.requires_grad for value in metrics.values())
     assert set(sdar.SURROGATES) == {"mle", "centered", "gap", "opsd"}
 
@@ -199,7 +192,7 @@ def expected_gradient(logits, teacher, **kwargs):
     return logits.grad
 
 
-def test_expected_gradient_is_that_of_a_bounded_odd_reward_and_is_zero_at_beta_zero():
+def test_expected_gradient_is_that_of_a_bounded_odd_reward_for_small_gaps_beta_quarters_of_the_reverse_kls():
     generator = torch.Generator().manual_seed(4)
     logits, other = (torch.randn(11, dtype=torch.float64, generator=generator) for _ in range(2))
     teacher, beta = other.log_softmax(-1), 5.0
@@ -212,26 +205,19 @@ def test_expected_gradient_is_that_of_a_bounded_odd_reward_and_is_zero_at_beta_z
     centered = expected_gradient(logits, teacher, beta=beta, surrogate="centered")
     torch.testing.assert_close(result, centered, rtol=1e-12, atol=1e-15)
     assert expected_gradient(logits, teacher, beta=0.0).abs().max() < 1e-15
-
-
-def test_for_small_gaps_the_expected_gradient_is_beta_quarters_of_the_reverse_kls():
-    generator = torch.Generator().manual_seed(5)
-    logits, direction = (torch.randn(11, dtype=torch.float64, generator=generator) for _ in range(2))
-    teacher = (logits + 1e-4 * direction).log_softmax(-1)
-    student = logits.clone().requires_grad_()
+    close, student = (logits + 1e-4 * other).log_softmax(-1), logits.clone().requires_grad_()
     logp = student.log_softmax(-1)
-    (logp.exp() * (logp - teacher)).sum().backward()  # KL(student || teacher)
-    result = expected_gradient(logits, teacher, beta=5.0)
-    torch.testing.assert_close(result, 5 / 4 * student.grad, rtol=1e-3, atol=1e-10)
+    (logp.exp() * (logp - close)).sum().backward()  # KL(student || teacher)
+    result = expected_gradient(logits, close, beta=beta)
+    torch.testing.assert_close(result, beta / 4 * student.grad, rtol=1e-3, atol=1e-10)
 
 
 def test_no_loss_changes_its_inputs():
     logp, teacher, mask = (x.detach() for x in gap_example())
-    old, advantages, returns, groups = logp - 0.3, numbers(1, -1, 2), numbers(10, 0, 0), torch.tensor([0, 0, 0])
-    inputs = [logp, teacher, mask, old, advantages, returns, groups]
+    inputs = [logp, teacher, mask, numbers(1, -1, 2), torch.tensor([0, 0, 0])]
     before = copy.deepcopy(inputs)
-    sdar.group_advantages(returns, groups)
-    sdar.policy_loss(logp, old, advantages, mask, num_tokens=5)
+    sdar.group_advantages(*inputs[3:])
+    sdar.policy_loss(logp, teacher, inputs[3], mask, num_tokens=5)
     sdar.kl_loss(logp, teacher, mask, num_tokens=5)
     for surrogate in sdar.SURROGATES:
         sdar.sdar_loss(logp, teacher, mask, surrogate=surrogate)
@@ -265,16 +251,6 @@ def test_padding_ids_change_nothing(policy, siblings):
     with torch.no_grad():
         assert torch.equal(sdar.head_inputs(policy, policy.model, batch)[0],
                            sdar.head_inputs(policy, policy.model, batch._replace(ids=other))[0])
-
-
-def test_student_and_teacher_packs_have_the_same_response_ids(policy, rows):
-    for micro_batch in sdar.micro_batches(rows, 2000):
-        student, teacher = sdar.pack_rows(policy, micro_batch), sdar.pack_rows(policy, micro_batch, teacher=True)
-        assert torch.equal(student.targets, teacher.targets) and teacher.ids.shape[1] > student.ids.shape[1]
-        for b, group in enumerate(micro_batch):
-            tail = [t for row in group for t in row.response_ids]
-            for batch, prompt in ((student, group[0].prompt_ids), (teacher, group[0].teacher_ids)):
-                assert batch.ids[b, len(prompt):len(prompt) + len(tail)].tolist() == tail
 
 
 def test_micro_batches_hold_every_row_once_within_their_room_with_and_without_a_teacher_alike(rows):
@@ -322,7 +298,6 @@ def test_a_teacher_that_sees_the_students_prompt_has_no_gap(policy, played):
     assert all(row.teacher_ids == row.prompt_ids for row in rows)
     _, _, gaps, metrics = update(policy, rows, cfg)
     assert max(map(abs, all_gaps(gaps, rows))) < 1e-6
-    assert all(gate == pytest.approx(0.5, abs=1e-5) for _, gates in gaps.values() for gate in gates)
     assert metrics["sdar/gate"] == pytest.approx(0.5, abs=1e-5)
 
 
@@ -600,8 +575,8 @@ def test_an_environment_that_raises_is_reported_with_task_and_turn(policy, monke
         return step(action)
 
     monkeypatch.setattr(environments[2], "step", fail_the_second_time)
-    message = f"task {tasks[2].task_id} of split 'train' (action 'search[lamp]' in turn 2): ZeroDivisionError: the shelf"
-    with pytest.raises(sdar.UserError, match=re.escape(message) + " broke.$"):
+    message = f"task {tasks[2].task_id} of split 'train' (action 'search[lamp]' in turn 2): ZeroDivisionError: the"
+    with pytest.raises(sdar.UserError, match=re.escape(message) + " shelf broke.$"):
         sdar.rollout(policy, environments, tasks, cfg)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import types
 
 import numpy as np
 import pytest
@@ -85,18 +84,15 @@ def test_four_tasks_won_more_out_of_many_are_no_difference_although_the_bootstra
     assert result["shown"] and result["p"] == pytest.approx(2 / 2 ** 20)
 
 
-# ------------------------------------------------------------------------------------------------------- evaluation set
-
-def digest(*goals, split="val"):
-    def reset(*, options):
-        env.goal = goals[options["task_id"]]
-        return "", {"task": env.goal["text"]}
-
-    env = types.SimpleNamespace(reset=reset)
-    return evaluation.evaluation_set_hash(env, [sdar.Task(split, i, i) for i in range(len(goals))])
-
-
 def test_the_hash_changes_with_every_part_of_a_task():
+    def digest(*goals, split="val"):
+        class Shop:
+            def reset(self, options):
+                self.goal = goals[options["task_id"]]
+                return "", {"task": self.goal["text"]}
+
+        return evaluation.evaluation_set_hash(Shop(), [sdar.Task(split, i, i) for i in range(len(goals))])
+
     lamp = {"text": "a lamp", "price": 20.0, "options": {"color": "red"}}
     known = digest(lamp, lamp)
     assert known == digest(dict(reversed(lamp.items())), lamp)  # the order of a goal's fields means nothing
@@ -235,11 +231,7 @@ def test_skills_are_shown_in_one_condition_only_and_to_a_run_without_a_teacher_t
     (tmp_path / "config.json").write_text(json.dumps(stored | grpo))
     (tmp_path / "checkpoint-1").symlink_to(run_folder / "checkpoint-0")
     seen, rollout = [], sdar.rollout
-
-    def watched(*args, skills, seed, **options):
-        seen.append((skills, seed))
-        return rollout(*args, skills=skills, seed=seed, **options)
-
+    watched = lambda *args, **options: seen.append((options["skills"], options["seed"])) or rollout(*args, **options)
     monkeypatch.setattr(sdar, "rollout", watched)
     assert evaluation.main([str(tmp_path / "checkpoint-1"), "--tasks", "1", "--repeats", "2",
                             "--out", str(tmp_path / "e.json")]) == 0

@@ -26,8 +26,6 @@ def clone_config(**changes):
     return clone.clone_config({"model": "tiny", "out": "x"} | changes)
 
 
-# -------------------------------------------------------------------------------------------------------------- cloning
-
 @pytest.mark.parametrize("name", list(envs.ENVIRONMENTS))
 def test_what_a_demonstration_says_is_read_back_and_skills_are_shown_to_the_expert_beside_weak_play_alone(name):
     rng, seen = random.Random(0), collections.Counter()
