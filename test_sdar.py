@@ -67,8 +67,7 @@ def episodes_by_hand(validity, won):
     ("episode", True, [math.sqrt(1 / 2), math.sqrt(1 / 2) - 0.25, -math.sqrt(1 / 2)]),
     ("episode", False, [0, -0.25, 0]),  # all lost: only the format is trained
     ("turn", False, [1 / math.sqrt(3), -2 / math.sqrt(3), 1 / math.sqrt(3)])])  # 0, -0.25, 0: std 0.25 / sqrt(3)
-def test_an_invalid_turn_is_penalised_after_the_statistics_or_inside_them_as_in_the_released_code(
-        policy, stats, won, hand):
+def test_invalid_turns_are_penalised_after_the_statistics_or_inside_as_in_the_released_code(policy, stats, won, hand):
     episodes = episodes_by_hand([[True, False], [True]], [won, False])
     cfg = config(**NO_TEACHER, advantage_stats=stats, invalid_penalty=0.25)
     rows, metrics = sdar.make_rows(policy, cfg, episodes, {})
@@ -376,10 +375,14 @@ def test_later_updates_of_a_batch_compare_with_the_sampling_policy_and_an_early_
     assert abs(early["grpo/old_kl"]) > 1e-3 and early["grpo/clip_fraction"] > 0
     live = update(policy, rows, dataclasses.replace(cfg, teacher="live"))[3]
     assert abs(live["sdar/gap_abs"] - early["sdar/gap_abs"]) > 0.01
-    frozen = sdar.frozen_logp(policy, rows, cfg)
-    for row in rows:
-        for found, prompt in ((frozen.old_logp, row.prompt_ids), (frozen.teacher_logp, row.teacher_ids)):
-            assert found[row] == pytest.approx(own_logp(policy.model, prompt, row.response_ids).tolist(), abs=1e-5)
+    moved = dataclasses.replace(policy, ref=copy.deepcopy(policy.model))
+    moved.ref.model.norm.weight.data *= 2
+    for teacher, model in (("rollout", moved.model), ("ref", moved.ref)):
+        frozen = sdar.frozen_logp(moved, rows, dataclasses.replace(cfg, teacher=teacher))
+        own = {row: own_logp(model, row.teacher_ids, row.response_ids).tolist() for row in rows}
+        assert all(frozen.teacher_logp[row] == pytest.approx(own[row], abs=1e-5) for row in rows)
+    own = {row: own_logp(moved.model, row.prompt_ids, row.response_ids).tolist() for row in rows}
+    assert all(frozen.old_logp[row] == pytest.approx(own[row], abs=1e-5) for row in rows)
 
 
 def test_a_teacher_of_before_the_update_is_the_live_one_when_there_is_one_update(policy, rows):
@@ -393,8 +396,7 @@ def test_a_teacher_of_before_the_update_is_the_live_one_when_there_is_one_update
 
 
 def test_kl_to_the_reference_is_zero_at_first_and_then_grows(policy, rows):
-    moving = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
-    cfg = config(kl_coef=0.01, **NO_TEACHER)
+    moving, cfg = copy.deepcopy(policy), config(kl_coef=0.01, **NO_TEACHER)
     optimizer = sdar.make_optimizer(moving.model, cfg)
     first, second = (sdar.train_step(moving, optimizer, rows, cfg, step)[0] for step in range(2))
     assert abs(first["kl/loss"]) < 1e-9 < 1e-4 < second["kl/loss"]

@@ -155,8 +155,7 @@ def test_folders_that_hold_another_run_or_none_are_refused(straight, model_folde
     assert before == {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
 
 
-def test_metrics_go_to_tensorboard_when_asked_and_a_missing_library_is_named(
-        model_folder, tmp_path, capsys, monkeypatch):
+def test_metrics_go_to_tensorboard_and_a_missing_library_is_named(model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     refused(sdar.main, flags(model_folder, tmp_path / "a", report_to="tensorboard"), "pip install tensorboard", capsys)
     assert not (tmp_path / "a").exists()
@@ -231,7 +230,7 @@ BAD_INPUT = {
     "model without weights": lambda t, m: ({"model": without(m, t / "empty", "model.safetensors")}, "empty"),
     "retriever that nothing asks": lambda t, m: ({"retriever": "http://127.0.0.1:9"}, "webshop searches nothing"),
     "retriever without a scheme": lambda t, m: ({"env": "search", "retriever": "127.0.0.1"}, "http://127.0.0.1:8000"),
-    "questions without a corpus": lambda t, m: ({"env": "search", "data": written(t / "q", QUESTIONS)}, "no corpus.jsonl"),
+    "questions but no corpus": lambda t, m: ({"env": "search", "data": written(t / "q", QUESTIONS)}, "no corpus.jsonl"),
     "more turns than the environment plays": lambda t, m: ({"max_turns": 16}, "--max_turns 16"),
     "games without a folder": lambda t, m: ({"env": "alfworld", "data": t / "houses"}, "houses"),
     "malformed products": lambda t, m: ({"data": written(t / "shelf", NO_JSON)}, "items_shuffle.json"),
