@@ -76,9 +76,17 @@ def refused(program, arguments, culprit, capsys):
     capsys.readouterr()
     status = program(arguments)
     error = [line for line in capsys.readouterr().err.splitlines()
-             if line.strip() and not any(bar in line for bar in ("Loading weights", "step/s", "shards:"))]
+             if line.strip() and not any(bar in line for bar in ("Loading weights", "step/s", "s/step", "shards:"))]
     assert status == 2 and len(error) == 1 and error[0].startswith("error: "), error
     assert culprit in error[0] and error[0].endswith((".", "]")) and "Traceback" not in error[0], error[0]
+
+
+def own_logp(model, prompt, response, temperature=1.0, whole=False):
+    """Log-probs of a response, or of all tokens at each of its places, by the model's own logits, one by one."""
+    ids = torch.tensor([prompt + response])
+    with torch.no_grad():
+        logp = (model(ids).logits[0, len(prompt) - 1:-1] / temperature).log_softmax(-1)
+    return logp if whole else logp.gather(1, ids[0, len(prompt):, None])[:, 0]
 
 
 def weights_of(folder):

@@ -22,7 +22,6 @@ def test_control_tokens_in_a_product_description_stay_text(policy):
     chat = policy.chat
     control = set(chat.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>", "<|endoftext|>"]))
     assert len(control) == 3 and set(chat.before + chat.after) & control
-    assert not set(chat.encode(HOSTILE)) & control
     context = sdar.Context("buy " + HOSTILE, "garden", ((HOSTILE, HOSTILE),), HOSTILE, ())
     _, ids = sdar.fit_prompt(chat, config(), context)
     assert [t for t in ids if t in control] == [t for t in chat.before + chat.after if t in control]
@@ -53,7 +52,8 @@ TOKENIZERS = os.environ.get("SDAR_TOKENIZERS")
 @pytest.mark.skipif(not TOKENIZERS, reason="SDAR_TOKENIZERS names no folder with qwen2.5-tokenizer and qwen3-tokenizer")
 @pytest.mark.parametrize("name, tail", [("qwen2.5-tokenizer", "<|im_start|>assistant\n"),
                                         ("qwen3-tokenizer", "<|im_start|>assistant\n<think>\n\n</think>\n\n")])
-def test_true_tokenizers(name, tail, tmp_path, skills):
+def test_a_true_tokenizers_prompts_are_its_templates_and_hold_the_control_tokens_of_the_template_alone(
+        name, tail, tmp_path, skills):
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(Path(TOKENIZERS) / name)
     tokenizer.save_pretrained(tmp_path)
@@ -67,19 +67,12 @@ def test_true_tokenizers(name, tail, tmp_path, skills):
     running.past.append(("", "search[é 漢字 \t x]"))
     fitted, ids = sdar.turn_prompt(chat, config(), running, None)
     assert ids == template_ids(tokenizer, sdar.render(config(), fitted)) and tokenizer.decode(ids).endswith(tail)
-    control = set(tokenizer.all_special_ids) | {eos}
-    hostile = chat.prompt(HOSTILE)
+    control, hostile = {*tokenizer.all_special_ids, eos}, chat.prompt(HOSTILE)
     assert [t for t in hostile if t in control] == [t for t in chat.before + chat.after if t in control]
     assert HOSTILE in tokenizer.decode(hostile)
-    text = sdar.render(config(), fitted, skills[fitted.task_type])
-    turn = sdar.Turn(fitted, ids, None, "", "", True)
-    assert skills[fitted.task_type] in text
-    assert sdar.teacher_ids(chat, config(), turn, skills[fitted.task_type]) == template_ids(tokenizer, text)
-
-
-class ScaledHead(torch.nn.Linear):
-    def forward(self, x):
-        return 0.5 * super().forward(x)
+    shown = skills[fitted.task_type]
+    text, turn = sdar.render(config(), fitted, shown), sdar.Turn(fitted, ids, None, "", "", True)
+    assert shown in text and sdar.teacher_ids(chat, config(), turn, shown) == template_ids(tokenizer, text)
 
 
 @pytest.mark.parametrize("kind, words", [
@@ -88,11 +81,10 @@ def test_a_head_that_is_more_than_a_matrix_and_a_narrow_window_are_refused(kind,
     model = copy.deepcopy(policy.model)
     if kind == "window":
         model.config.sliding_window, model.config.use_sliding_window = 64, True
+    elif kind == "bias":
+        model.lm_head.bias = torch.nn.Parameter(torch.arange(600) / 600)
     else:
-        head = torch.nn.Linear(64, 600) if kind == "bias" else ScaledHead(64, 600, bias=False)
-        with torch.no_grad():
-            head.weight.copy_(model.lm_head.weight)
-        model.lm_head = head
+        model.lm_head.register_forward_hook(lambda head, hidden, logits: 0.5 * logits)
     with pytest.raises(sdar.UserError, match=words):
         sdar.check_model(dataclasses.replace(policy, model=model), config())
     assert sdar.check_model(policy, config()) < 1e-5

@@ -29,8 +29,8 @@ def straight(model_folder, tmp_path_factory):
     return run
 
 
-def assert_same_run(run, straight, last="checkpoint-4"):
-    assert same(weights_of(run / last), weights_of(straight / last))
+def assert_same_run(run, straight):
+    assert same(weights_of(run / "checkpoint-4"), weights_of(straight / "checkpoint-4"))
     assert lines_of(run) == lines_of(straight)
 
 
@@ -41,8 +41,7 @@ def test_a_run_folder_holds_config_metrics_curve_episodes_and_loadable_checkpoin
         "config.json", "metrics.jsonl", "curve.png", "episodes", "checkpoint-0", "checkpoint-3", "checkpoint-4"}
     stored = json.loads((straight / "config.json").read_text())
     assert stored["tasks"] == 2 and stored["sdar_coef"] == 0.01
-    provenance = stored["provenance"]
-    assert provenance["packages"]["torch"] == torch.__version__ and provenance["sdar"] == sdar.__version__
+    assert stored["provenance"]["packages"]["torch"] == torch.__version__
     lines = lines_of(straight)
     assert [(e["step"], "eval/success" in e) for e in lines] == [
         (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
@@ -104,36 +103,25 @@ def test_ctrl_c_saves_whole_steps_and_the_resumed_run_is_the_uninterrupted_one(
     assert_same_run(run, straight)
 
 
-def stop(arguments, run, with_signal, seconds=60):
-    """Starts the program, sends it a signal after its first step -> (exit status, standard output)."""
+@pytest.mark.parametrize("stop, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_program_that_is_killed_or_stopped_by_ctrl_c_resumes_bit_for_bit(
+        stop, status, straight, model_folder, tmp_path):
+    run, end = tmp_path / "run", time.monotonic() + 60
     process = subprocess.Popen(
-        [sys.executable, sdar.__file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, sdar.__file__, *flags(model_folder, run)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    end = time.monotonic() + seconds
     while not (run / "checkpoint-1").exists():
         assert process.poll() is None and time.monotonic() < end, "checkpoint-1 did not appear"
         time.sleep(0.005)
-    process.send_signal(with_signal)
-    output, _ = process.communicate(timeout=seconds)
-    return process.returncode, output
-
-
-def test_a_killed_run_resumes_bit_for_bit(straight, model_folder, tmp_path):
-    run = tmp_path / "run"
-    assert stop(flags(model_folder, run), run, signal.SIGKILL)[0] == -signal.SIGKILL
-    assert not (run / "checkpoint-4").exists()
+    process.send_signal(stop)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == status and not (run / "checkpoint-4").exists()
+    if stop == signal.SIGINT:
+        assert f"saved in {runs.checkpoints(run)[-1]}" in output and f"--resume {run}" in output
+        assert not list(run.glob(".*"))  # no half-written checkpoint
     assert sdar.main(["--resume", str(run)]) == 0
     assert_same_run(run, straight)
-
-
-def test_a_program_stopped_by_ctrl_c_exits_with_130_and_says_where_it_saved(model_folder, tmp_path):
-    run = tmp_path / "run"
-    status, output = stop(flags(model_folder, run, steps=1000), run, signal.SIGINT)
-    last = runs.checkpoints(run)[-1]
-    assert status == 130
-    assert f"saved in {last}" in output and f"--resume {run}" in output
-    assert len(weights_of(last)) > 10 and not list(run.glob(".*"))
 
 
 def test_an_environment_that_raises_loses_no_finished_step(model_folder, tmp_path, capsys, monkeypatch):
@@ -156,9 +144,7 @@ def test_folders_that_hold_another_run_or_none_are_refused(straight, model_folde
     cases = [(flags(model_folder, straight), f"--resume {straight}"), (["--resume", str(tmp_path)], "no config.json"),
              (flags(straight, tmp_path / "run"), "one of the checkpoints in it (checkpoint-0, checkpoint-3"),
              (["--resume", str(model_folder)], "config.json"),  # a model's
-             (["--resume", str(straight), "--lr", "0.5"], "--lr 0.5 contradicts"),
-             (["--resume", str(straight), "--seed", "0", "--method", "grpo"], "--method grpo contradicts"),
-             (["--resume", str(straight), "--steps", "-1"], "--steps"),
+             (["--resume", str(straight), "--seed", "0", "--lr", "0.5"], "--lr 0.5 contradicts"),
              (["--resume", str(straight / "checkpoint-4")], "is a checkpoint: give the run folder")]
     for arguments, culprit in cases:
         refused(sdar.main, arguments, culprit, capsys)
@@ -169,8 +155,7 @@ def test_folders_that_hold_another_run_or_none_are_refused(straight, model_folde
     assert before == {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
 
 
-def test_metrics_go_to_tensorboard_when_asked_and_a_missing_library_is_named(
-        model_folder, tmp_path, capsys, monkeypatch):
+def test_metrics_go_to_tensorboard_and_a_missing_library_is_named(model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     refused(sdar.main, flags(model_folder, tmp_path / "a", report_to="tensorboard"), "pip install tensorboard", capsys)
     assert not (tmp_path / "a").exists()
@@ -180,8 +165,6 @@ def test_metrics_go_to_tensorboard_when_asked_and_a_missing_library_is_named(
     arguments = flags(model_folder, tmp_path / "b", report_to="tensorboard", steps=1, eval_every=0, eval_tasks=None)
     assert sdar.main(arguments) == 0 and ("grpo/loss", 1) in sent
 
-
-# ----------------------------------------------------------------------------------------------- the other environments
 
 def official_games(folder):
     """The official layout with recorded games: four to train on, three to evaluate on."""
@@ -196,7 +179,7 @@ def official_games(folder):
 
 @pytest.mark.parametrize("name, more, types_seen", [
     ("alfworld", lambda folder: {}, 3), ("search", lambda folder: {}, 3), ("alfworld", official_games, 2)])
-def test_a_run_learns_in_the_other_environments_and_logs_success_by_task_type(
+def test_a_run_trains_in_the_other_environments_and_logs_success_by_task_type(
         name, more, types_seen, model_folder, tmp_path):
     run, changes = tmp_path / "run", {"eval_tasks": 6} | more(tmp_path / "data")
     assert sdar.main(flags(model_folder, run, env=name, steps=1, eval_every=1, **changes)) == 0
@@ -220,37 +203,25 @@ def test_a_retriever_that_is_down_is_counted_and_loses_no_step(model_folder, tmp
 
 # ------------------------------------------------------------------------------------------------------------ bad input
 
-PRODUCT = {"asin": "B000000001", "name": "red lamp", "category": "garden", "product_category": "a > b", "query": "lamp",
-           "full_description": "x", "small_description": ["x"], "pricing": "$9.99", "customization_options": None,
-           "images": ["x"]}
-
-
-def shop(folder, items, instruction=True):
-    folder.mkdir()
-    (folder / "items_shuffle.json").write_text(items if isinstance(items, str) else json.dumps(items))
-    asked = {"instruction": "buy a lamp", "instruction_attributes": ["red"]} if instruction else {}
-    (folder / "items_ins_v2.json").write_text(json.dumps({"B000000001": {"attributes": ["red"]} | asked}))
-    return folder
-
-
 def without(source, folder, *files):
     """A copy of the model folder without some of its files."""
     return shutil.copytree(source, folder, ignore=lambda *_: files)
 
 
-def questions(folder):
+def written(folder, texts):
+    """A new folder with these files, {name: text}."""
     folder.mkdir()
-    for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text('{"question": "x?", "golden_answers": ["y"]}\n' * 2)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
     return folder
 
 
-SIZES = {"customization_options": {"size": [{"value": "s"}, {"value": "m"}]}}
+QUESTIONS = dict.fromkeys(("train.jsonl", "test.jsonl"), '{"question": "x?", "golden_answers": ["y"]}\n' * 2)
+CORPUS = {"corpus.jsonl": '{"contents": "y"}\n'}
+NO_JSON = {"items_shuffle.json": "[{", "items_ins_v2.json": "{}"}
 # name: (flags of a good run that are replaced, what the sentence must name); t: an empty folder, m: a good model
 BAD_INPUT = {
     "unknown environment": lambda t, m: ({"env": "chess"}, "--env 'chess'"),
-    "unknown method": lambda t, m: ({"method": "ppo"}, "--method 'ppo'"),
-    "unknown gate": lambda t, m: ({"gate": "wide"}, "--gate 'wide'"),
     "unknown device": lambda t, m: ({"device": "abacus"}, "abacus"),
     "missing model": lambda t, m: ({"model": t / "nowhere"}, "nowhere"),
     "model without tokenizer": lambda t, m: ({"model": without(
@@ -259,27 +230,22 @@ BAD_INPUT = {
     "model without weights": lambda t, m: ({"model": without(m, t / "empty", "model.safetensors")}, "empty"),
     "retriever that nothing asks": lambda t, m: ({"retriever": "http://127.0.0.1:9"}, "webshop searches nothing"),
     "retriever without a scheme": lambda t, m: ({"env": "search", "retriever": "127.0.0.1"}, "http://127.0.0.1:8000"),
-    "questions without a retriever": lambda t, m: ({"env": "search", "data": questions(t / "q")}, "no corpus.jsonl"),
+    "questions but no corpus": lambda t, m: ({"env": "search", "data": written(t / "q", QUESTIONS)}, "no corpus.jsonl"),
     "more turns than the environment plays": lambda t, m: ({"max_turns": 16}, "--max_turns 16"),
     "games without a folder": lambda t, m: ({"env": "alfworld", "data": t / "houses"}, "houses"),
-    "missing data": lambda t, m: ({"data": t / "shelf"}, "shelf"),
-    "malformed products": lambda t, m: ({"data": shop(t / "shelf", "[{")}, "items_shuffle.json"),
-    "catalogue without a goal": lambda t, m: ({"data": shop(t / "shelf", [PRODUCT], instruction=False)}, "shelf"),
-    "too few training tasks": lambda t, m: ({"data": shop(t / "shelf", [PRODUCT | SIZES])}, "--tasks"),
+    "malformed products": lambda t, m: ({"data": written(t / "shelf", NO_JSON)}, "items_shuffle.json"),
+    "too few training tasks": lambda t, m: (
+        {"env": "search", "data": written(t / "q", QUESTIONS | CORPUS), "tasks": 3}, "--tasks 3"),
     "group of one": lambda t, m: ({"group_size": 1}, "--group_size"),
-    "negative lambda": lambda t, m: ({"sdar_coef": -0.1}, "--sdar_coef"),
     "learning rate that is not a number": lambda t, m: ({"lr": "nan"}, "--lr"),
     "temperature zero": lambda t, m: ({"temperature": 0}, "--temperature"),
-    "infinite temperature": lambda t, m: ({"temperature": "inf"}, "--temperature"),
     "skills without general.md": lambda t, m: ({"skills": t}, "general.md"),
     "prompt limit too small": lambda t, m: ({"max_prompt_tokens": 20}, "--max_prompt_tokens"),
     "too many evaluation tasks": lambda t, m: ({"eval_tasks": 501}, "--eval_tasks"),
     "a flag without effect": lambda t, m: ({"method": "grpo", "gate_beta": 2}, "--gate_beta"),
-    "skills without a teacher": lambda t, m: ({"teacher": "none", "skills": t}, "--skills"),
     "exact divergence to an early teacher": lambda t, m: ({"surrogate": "rkl", "teacher": "rollout"}, "--teacher"),
     "evaluation flags without evaluations": lambda t, m: ({"eval_every": 0}, "--eval_tasks"),
     "out is a file": lambda t, m: ({"out": m / "config.json"}, "config.json"),
-    "out below a file": lambda t, m: ({"out": m / "config.json" / "run"}, "config.json"),
 }
 
 
@@ -288,5 +254,3 @@ def test_bad_input_is_one_sentence_that_names_the_culprit(name, model_folder, tm
     changes, culprit = BAD_INPUT[name](tmp_path, model_folder)
     refused(sdar.main, flags(model_folder, tmp_path / "run", **changes), culprit, capsys)
     assert not (tmp_path / "run").exists()  # so that the corrected command can use the folder
-
-
