@@ -166,7 +166,7 @@ def evaluation_config(model, explicit):
     if not runs.is_run(folder.parent):
         return sdar.make_config(explicit)
     run = runs.read_settings(folder.parent, sdar.Config)
-    if explicit.get("env", run.env) != run.env:
+    if explicit.get("env", run.env) in set(sdar.FIELDS["env"].metadata["choices"]) - {run.env}:
         run = sdar.in_environment(run, explicit["env"])
     cfg = dataclasses.replace(run, **explicit)
     if cfg.retrieval == "none":  # a run without a teacher, which is to be shown the same skills as the others

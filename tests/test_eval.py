@@ -181,6 +181,8 @@ def test_a_checkpoint_is_played_under_its_runs_settings_and_apart_from_the_run_u
     cfg = evaluation.evaluation_config(checkpoint, {"max_turns": 9})
     assert (cfg.model, cfg.max_turns, cfg.max_response_tokens, cfg.seed, cfg.retrieval) == (checkpoint, 9, 6, 3, "full")
     assert (cfg.eval_tasks, cfg.eval_temperature) == (common.eval_tasks, common.eval_temperature)
+    refused(evaluation.main, [checkpoint, "--retriever", "http://127.0.0.1:9"], "--retriever would do nothing", capsys)
+    refused(evaluation.main, [checkpoint, "--env", "chess"], "--env 'chess' is unknown", capsys)
     away = evaluation.evaluation_config(checkpoint, {"env": "search"})
     assert (away.env, away.history, away.seed) == ("search", 4, 3)
     copied = str(shutil.copytree(checkpoint, tmp_path / "checkpoint-0"))

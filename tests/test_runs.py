@@ -70,7 +70,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(straight, model_f
     run = tmp_path / "run"
     assert sdar.main(flags(model_folder, run, steps=2)) == 0
     with open(run / "metrics.jsonl", "a") as file:  # what a run killed after its last checkpoint leaves
-        file.write('{"step": 3, "grpo/loss": 99}\n{"st')
+        file.write('5\n{"a": 1}\n{"step": 3, "grpo/loss": 99}\n{"st')
     refused(sdar.main, ["--resume", str(run), "--steps", "1"], "--steps 1", capsys)
     assert sdar.main(["--resume", str(run), "--steps", "4"]) == 0
     assert sdar.main(["--resume", str(run)]) == 0  # it knows its new number of steps, and has nothing left to do
@@ -92,10 +92,12 @@ def interrupt_in(monkeypatch, module, name, call):
     monkeypatch.setattr(module, name, pressed)
 
 
-@pytest.mark.parametrize("name, call", [("train_step", 2), ("rollout", 4)])  # rollouts 1 and 2 are the first evaluation
+@pytest.mark.parametrize("module, name, call", [
+    (sdar, "train_step", 2), (sdar, "rollout", 4),  # rollouts 1 and 2 are the first evaluation
+    (runs, "save_checkpoint", 1), (runs, "save_checkpoint", 6)])  # of checkpoint-0, and the last one
 def test_ctrl_c_saves_whole_steps_and_the_resumed_run_is_the_uninterrupted_one(
-        name, call, straight, model_folder, tmp_path, monkeypatch, capsys):
-    interrupt_in(monkeypatch, sdar, name, call)
+        module, name, call, straight, model_folder, tmp_path, monkeypatch, capsys):
+    interrupt_in(monkeypatch, module, name, call)
     run = tmp_path / "run"
     assert sdar.main(flags(model_folder, run)) == 130
     assert f"--resume {run}" in capsys.readouterr().out
@@ -145,11 +147,14 @@ def test_folders_that_hold_another_run_or_none_are_refused(straight, model_folde
              (flags(straight, tmp_path / "run"), "one of the checkpoints in it (checkpoint-0, checkpoint-3"),
              (["--resume", str(model_folder)], "config.json"),  # a model's
              (["--resume", str(straight), "--seed", "0", "--lr", "0.5"], "--lr 0.5 contradicts"),
+             (["--resume", str(straight), "--threads", "-5"], "--threads"), (["--resume", ""], "not a run folder"),
+             (flags(model_folder, straight / "checkpoint-4"), "checkpoint-4 already holds config.json"),
              (["--resume", str(straight / "checkpoint-4")], "is a checkpoint: give the run folder")]
     for arguments, culprit in cases:
         refused(sdar.main, arguments, culprit, capsys)
     stored = json.loads((straight / "config.json").read_text())
-    for config_file, culprit in ((stored, "no checkpoint"), (stored | {"sft_steps": 0}, "not written by this version")):
+    for config_file, culprit in ((stored, "no checkpoint"), (stored | {"sft_steps": 0}, "not written by this version"),
+                                 (stored | {"steps": "5"}, "steps is '5'")):
         (tmp_path / "config.json").write_text(json.dumps(config_file))
         refused(sdar.main, ["--resume", str(tmp_path)], culprit, capsys)
     assert before == {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
@@ -246,7 +251,17 @@ BAD_INPUT = {
     "exact divergence to an early teacher": lambda t, m: ({"surrogate": "rkl", "teacher": "rollout"}, "--teacher"),
     "evaluation flags without evaluations": lambda t, m: ({"eval_every": 0}, "--eval_tasks"),
     "out is a file": lambda t, m: ({"out": m / "config.json"}, "config.json"),
+    "out is a model folder": lambda t, m: ({"out": m}, "already holds config.json, which a run would replace"),
+    "seed beyond torch's": lambda t, m: ({"seed": 2**64}, "--seed"),
+    "skills that are not text": lambda t, m: ({"skills": not_text(t / "skills")}, "general.md is not UTF-8 text"),
+    "houses elsewhere": lambda t, m: ({"env": "alfworld", "data": t}, "json_2.1.1"),
 }
+
+
+def not_text(folder):
+    folder.mkdir()
+    (folder / "general.md").write_bytes(b"\xff\xfe")
+    return folder
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)

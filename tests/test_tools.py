@@ -58,12 +58,12 @@ def clone_flags(out, **changes):
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
-def cloned_at_once_and_in_parts(program, folder, call, monkeypatch, **changes):
-    """Two runs with the same end, the second one interrupted in its call-th step and resumed -> the first's folder."""
+def cloned_at_once_and_in_parts(program, folder, place, monkeypatch, **changes):
+    """Two runs with the same end, the second one interrupted at (module, function, call) and resumed -> the first."""
     whole, parts = folder / "whole", folder / "parts"
     assert clone.main(clone_flags(whole, **changes), program) == 0
     with monkeypatch.context() as patch:
-        interrupt_in(patch, clone, "clone_step", call)
+        interrupt_in(patch, *place)
         assert clone.main(clone_flags(parts, **changes), program) == 130
     assert clone.main(["--resume", str(parts)], program) == 0
     assert same(weights_of(parts), weights_of(whole)) and lines_of(parts) == lines_of(whole)
@@ -71,7 +71,8 @@ def cloned_at_once_and_in_parts(program, folder, call, monkeypatch, **changes):
 
 
 def test_cloning_writes_a_model_folder_and_is_resumed_bit_for_bit(model_folder, tmp_path, monkeypatch, capsys):
-    whole = cloned_at_once_and_in_parts(clone.clone, tmp_path, 2, monkeypatch, model=model_folder)
+    whole = cloned_at_once_and_in_parts(
+        clone.clone, tmp_path, (clone, "clone_step", 2), monkeypatch, model=model_folder)
     said = capsys.readouterr().out
     assert f"--model {whole}" in said and f"python -m tools.clone --resume {tmp_path / 'parts'}" in said
     assert [e["step"] for e in lines_of(whole)] == [1, 2, 3]
@@ -80,11 +81,15 @@ def test_cloning_writes_a_model_folder_and_is_resumed_bit_for_bit(model_folder, 
     assert not models.is_bundled(whole) and models.is_bundled(models.TINY) and models.is_bundled("tiny")
     refused(clone.main, clone_flags(whole, model=model_folder), f"--resume {whole}", capsys)
     refused(clone.main, ["--resume", str(whole), "--lr", "1"], "--lr 1.0 contradicts", capsys)
+    for text in ("{", "[1]", "[" * 10**5):
+        (whole / "clone.json").write_text(text)
+        assert not models.is_bundled(whole) and not models.is_bundled("a\0b")
 
 
 @pytest.mark.parametrize("changes, culprit", [
     ({"env": "chess"}, "--env 'chess'"), ({"weak": 1.5}, "--weak"), ({"skills": "x"}, "--weak 0 shows no skills"),
-    ({"model": "nowhere/at/all"}, "nowhere/at/all"), ({"env": "search", "data": "rows"}, "No scripted player")])
+    ({"model": "nowhere/at/all"}, "nowhere/at/all"), ({"env": "search", "data": "rows"}, "No scripted player"),
+    ({"max_prompt_tokens": 5}, "--max_prompt_tokens 5 is too small")])
 def test_bad_input_of_cloning_is_one_sentence(changes, culprit, model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "rows", QUESTIONS | CORPUS)
@@ -209,5 +214,6 @@ def test_the_program_makes_a_small_model_and_resumes_after_the_copy_task(tmp_pat
     make = tiny.new_model
     monkeypatch.setattr(tiny, "new_model", lambda sources: make(sources, vocabulary=600, episodes=10))
     changes = {"steps": 12, "tokens": 1000, "save_every": 5}
-    whole = cloned_at_once_and_in_parts(tiny.make_tiny, tmp_path, 4, monkeypatch, **changes)
+    joining = tiny, "draw_demonstrations", 1  # in the step that has joined the variants of a word
+    whole = cloned_at_once_and_in_parts(tiny.make_tiny, tmp_path, joining, monkeypatch, **changes)
     assert sdar.make_config({"model": str(whole)}).lr == sdar.make_config({"model": "tiny"}).lr  # its defaults
