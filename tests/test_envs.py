@@ -1,5 +1,4 @@
-"""The rules of the environments: recordings of the originals replayed, official files, prompts, parsers, retrievers and
-the interface that all three share. Tables of cases are in cases.json, generated tasks and players in test_tasks.py."""
+"""The environments' rules, files, prompts, parsers and interface; tables are in cases.json, tasks in test_tasks.py."""
 import doctest
 import functools
 import gzip
@@ -65,7 +64,6 @@ def refused(words, call, *args, kind=ValueError, **kwargs):
     return str(error.value)
 
 
-# ---------------------------------------------------------------------------------- the interface that all three share
 @each
 def test_gymnasium_accepts_every_environment_seeds_repeat_an_episode_and_its_last_turn_truncates_it(name):
     make = functools.partial(gymnasium.make, f"sdar/{envs.ENVIRONMENTS[name].__name__}-v0")
@@ -104,7 +102,6 @@ def test_answers_are_split_and_compared_prompts_show_what_is_given_and_examples_
     assert doctest.testmod(envs).failed == 0 < doctest.testmod(envs).attempted
 
 
-# -------------------------------------------------------------------------------------------------------------- WebShop
 @pytest.mark.parametrize("kind", ["synthetic", "human"])
 def test_products_prices_goals_draws_and_splits_are_those_of_the_original(official, kind, monkeypatch):
     loaded, recorded = golden("webshop/loader"), golden("webshop/goals")[kind]
@@ -234,7 +231,6 @@ def test_a_tagger_decides_on_nouns_and_without_one_the_rule_drops_adjectives_and
         assert envs.title_nouns.__wrapped__("Soft Women's Shirt for Men, 2 Pack of Shirt") == nouns
 
 
-# ------------------------------------------------------------------------------------------------------------- ALFWorld
 @pytest.mark.parametrize("name, kind, wording", [*itertools.product(GAMES, ["plan", "walk"], ["move", "put"])])
 def test_every_step_is_the_official_engines_in_either_wording_of_putting(tmp_path, name, kind, wording):
     def worded(text):
@@ -302,7 +298,6 @@ def test_the_official_layout_is_read_and_what_its_loader_skips_is_counted(tmp_pa
     refused("There is no folder", env.num_tasks, "valid_unseen", kind=FileNotFoundError)
 
 
-# ----------------------------------------------------------------------------------------- Search-QA and its retrievers
 def test_a_search_shows_at_most_topk_documents_in_the_official_format_best_first():
     observation, info = ask(qa := envs.SearchQA())
     assert observation == info["task"] and info["valid"] and info["admissible"] is None and not info["won"]
@@ -428,7 +423,6 @@ def test_the_command_serves_a_file_until_an_interrupt(tmp_path):
     refused("no answer in 3 tries", quick(url), "cats", 1, kind=ConnectionError)       # nobody listens any more
 
 
-# ------------------------------------------------------------------------------------------------------ official files
 GAME = golden(f"alfworld/{GAMES[0]}")["game"]
 FILES = CASES["files"] | {"game.tw-pddl": GAME}
 LAMP, = FILES["items_shuffle.json"]

@@ -18,8 +18,6 @@ def outcome(task_id, won, **changes):
             "invalid": 1, "done": True} | changes
 
 
-# ----------------------------------------------------------------------------------------------------------- statistics
-
 def test_wilson_intervals_agree_with_known_ones_and_end_1_96_standard_errors_from_the_rate():
     for successes, n, *known in ((8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)):
         assert evaluation.wilson(successes, n) == pytest.approx(known, abs=1e-4)
@@ -109,8 +107,6 @@ def test_the_evaluation_set_is_in_every_process_the_one_that_results_were_measur
     assert evaluation.evaluation_set_hash(env, sdar.evaluation_tasks(cfg, env)).startswith(known)
 
 
-# ----------------------------------------------------------------------------------------------------------- comparison
-
 def result_file(path, won, digest="a" * 64, conditions=("without",), **settings):
     outcomes = [outcome(i, w) for i, w in enumerate(won)]
     path.write_text(json.dumps({
@@ -148,8 +144,6 @@ def test_files_that_cannot_be_compared_are_refused_by_name(tmp_path, capsys, con
     for culprit in (why, str(bad)):
         refused(evaluation.main, ["--compare", good, str(bad)], culprit, capsys)
 
-
-# --------------------------------------------------------------------------------------------------------- command line
 
 @pytest.fixture(scope="module")
 def run_folder(model_folder, tmp_path_factory):

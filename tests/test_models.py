@@ -1,10 +1,8 @@
-"""Tests of what is asked of a model and its tokenizer: chat template, control tokens, head, attention window.
-
-Tests of real tokenizers run where SDAR_TOKENIZERS names a folder with qwen2.5-tokenizer and qwen3-tokenizer.
-"""
+"""Tests of what is asked of a model and its tokenizer: chat template, control tokens, head, attention window."""
 
 import copy
 import dataclasses
+import math
 import os
 from pathlib import Path
 
@@ -33,13 +31,10 @@ def template_ids(tokenizer, text):
                                                tokenize=True, return_dict=True, enable_thinking=False)["input_ids"])
 
 
-def test_a_prompt_has_the_ids_of_the_chat_template(policy, played):
+def test_a_prompt_has_the_ids_of_the_chat_template_which_must_show_the_message_once(policy, played):
     for turn in played[0].turns:
         text = sdar.render(config(), turn.context)
         assert turn.prompt_ids == policy.chat.prompt(text) == template_ids(policy.chat.tokenizer, text)
-
-
-def test_a_template_that_does_not_show_the_message_once_is_refused(policy):
     tokenizer = copy.deepcopy(policy.chat.tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}"
     with pytest.raises(sdar.UserError, match="2 times instead of once"):
@@ -88,3 +83,5 @@ def test_a_head_that_is_more_than_a_matrix_and_a_narrow_window_are_refused(kind,
     with pytest.raises(sdar.UserError, match=words):
         sdar.check_model(dataclasses.replace(policy, model=model), config())
     assert sdar.check_model(policy, config()) < 1e-5
+    with pytest.raises(sdar.UserError, match="weights have diverged"):
+        models.draw_tokens(torch.full((1, 3), math.nan), 1.0, None)

@@ -1,6 +1,5 @@
 """Tests of a run as a whole: its folder, resuming, stopping, bad input, and the other environments."""
 
-import gzip
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_envs import GAMES, game_file
 
 import envs
 import sdar
@@ -34,21 +34,18 @@ def assert_same_run(run, straight):
     assert lines_of(run) == lines_of(straight)
 
 
-# ----------------------------------------------------------------------------------------------------------- run folder
-
 def test_a_run_folder_holds_config_metrics_curve_episodes_and_loadable_checkpoints(straight, model_folder):
     assert {path.name for path in straight.iterdir()} == {  # nothing half-written, old checkpoints gone
         "config.json", "metrics.jsonl", "curve.png", "episodes", "checkpoint-0", "checkpoint-3", "checkpoint-4"}
     stored = json.loads((straight / "config.json").read_text())
-    assert stored["tasks"] == 2 and stored["sdar_coef"] == 0.01
-    assert stored["provenance"]["packages"]["torch"] == torch.__version__
+    assert (stored["tasks"], stored["provenance"]["packages"]["torch"]) == (2, torch.__version__)
     lines = lines_of(straight)
     assert [(e["step"], "eval/success" in e) for e in lines] == [
         (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
     assert {"reward/success", "grpo/loss", "sdar/gap", "sdar/gate", "kl/loss", "rollout/turns"} <= lines[1].keys()
     episodes = [json.loads(line) for line in (straight / "episodes" / "step-00000.jsonl").read_text().splitlines()]
-    assert len(episodes) == 4
-    for turn in (turn for episode in episodes for turn in episode["turns"]):
+    assert len(episodes) == 4 and all(len(episode["turns"]) == 3 for episode in episodes)
+    for turn in [turn for episode in episodes for turn in episode["turns"]]:
         assert len(turn["tokens"]) == len(turn["gap"]) == len(turn["gate"]) == len(turn["logp"])
         assert all(g == pytest.approx(1 / (1 + math.exp(-5 * d)), abs=1e-3) for d, g in zip(turn["gap"], turn["gate"]))
     first, last = (weights_of(straight / name) for name in ("checkpoint-0", "checkpoint-4"))
@@ -63,8 +60,6 @@ def test_the_default_run_folder_is_the_first_that_is_free(tmp_path, monkeypatch)
         assert sdar.make_config({"seed": 3}).out == name
         Path(name).mkdir(parents=True)
 
-
-# --------------------------------------------------------------------------------------------------- resuming, stopping
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(straight, model_folder, tmp_path, capsys):
     run = tmp_path / "run"
@@ -173,12 +168,9 @@ def test_metrics_go_to_tensorboard_and_a_missing_library_is_named(model_folder, 
 
 def official_games(folder):
     """The official layout with recorded games: four to train on, three to evaluate on."""
-    recorded = sorted(Path(sdar.HERE, "data", "golden", "alfworld").glob("*.json.gz"))
-    for number, path in enumerate(recorded):
-        trial = folder / "json_2.1.1" / ("train" if number < 4 else "valid_unseen") / path.name[:-8] / "trial_T1"
-        trial.mkdir(parents=True)
-        (trial / "game.tw-pddl").write_text(json.dumps(json.loads(gzip.decompress(path.read_bytes()))["game"]))
-        (trial / "traj_data.json").write_text(json.dumps({"task_type": path.name.split("-")[0]}))
+    for number, name in enumerate(GAMES):
+        path = game_file(folder / "json_2.1.1" / ("train" if number < 4 else "valid_unseen"), name)
+        path.with_name("traj_data.json").write_text(json.dumps({"task_type": name.split("-")[0]}))
     return {"data": folder, "eval_tasks": 3}
 
 
@@ -206,8 +198,6 @@ def test_a_retriever_that_is_down_is_counted_and_loses_no_step(model_folder, tmp
     assert step["rollout/errors"] == 12 and "errors 12" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
-
 def without(source, folder, *files):
     """A copy of the model folder without some of its files."""
     return shutil.copytree(source, folder, ignore=lambda *_: files)
@@ -217,7 +207,7 @@ def written(folder, texts):
     """A new folder with these files, {name: text}."""
     folder.mkdir()
     for name, text in texts.items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="latin-1")
     return folder
 
 
@@ -237,7 +227,6 @@ BAD_INPUT = {
     "retriever without a scheme": lambda t, m: ({"env": "search", "retriever": "127.0.0.1"}, "http://127.0.0.1:8000"),
     "questions but no corpus": lambda t, m: ({"env": "search", "data": written(t / "q", QUESTIONS)}, "no corpus.jsonl"),
     "more turns than the environment plays": lambda t, m: ({"max_turns": 16}, "--max_turns 16"),
-    "games without a folder": lambda t, m: ({"env": "alfworld", "data": t / "houses"}, "houses"),
     "malformed products": lambda t, m: ({"data": written(t / "shelf", NO_JSON)}, "items_shuffle.json"),
     "too few training tasks": lambda t, m: (
         {"env": "search", "data": written(t / "q", QUESTIONS | CORPUS), "tasks": 3}, "--tasks 3"),
@@ -253,15 +242,9 @@ BAD_INPUT = {
     "out is a file": lambda t, m: ({"out": m / "config.json"}, "config.json"),
     "out is a model folder": lambda t, m: ({"out": m}, "already holds config.json, which a run would replace"),
     "seed beyond torch's": lambda t, m: ({"seed": 2**64}, "--seed"),
-    "skills that are not text": lambda t, m: ({"skills": not_text(t / "skills")}, "general.md is not UTF-8 text"),
+    "skills that are not text": lambda t, m: ({"skills": written(t / "s", {"general.md": "ÿ"})}, "is not UTF-8 text"),
     "houses elsewhere": lambda t, m: ({"env": "alfworld", "data": t}, "json_2.1.1"),
 }
-
-
-def not_text(folder):
-    folder.mkdir()
-    (folder / "general.md").write_bytes(b"\xff\xfe")
-    return folder
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)

@@ -97,8 +97,6 @@ def test_bad_input_of_cloning_is_one_sentence(changes, culprit, model_folder, tm
     assert not Path("run").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- the bundled model
-
 @pytest.fixture(scope="module")
 def new():
     """A small bundled model as it starts: its sources, model, chat and words."""
