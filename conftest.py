@@ -6,6 +6,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # kernels run on any machine; compiling th
 
 import dataclasses
 import json
+import signal
 
 import pytest
 import torch
@@ -102,3 +103,34 @@ def lines_of(run):
     """metrics.jsonl without what measures time and memory."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(("time/", "mem/"))} for line in lines]
+
+
+def assert_same_run(run, straight, checkpoint="checkpoint-4"):
+    assert same(weights_of(run / checkpoint), weights_of(straight / checkpoint)) and lines_of(run) == lines_of(straight)
+
+
+def interrupt_in(monkeypatch, module, name, call):
+    """Presses Ctrl-C at the end of the call-th run of module.<name>, its work done but not yet noted."""
+    function, calls = getattr(module, name), []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+
+    def pressed(*args, **kwargs):
+        result = function(*args, **kwargs)
+        calls.append(name)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(module, name, pressed)
+
+
+def written(folder, texts):
+    """A new folder with these files, {name: text}."""
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="latin-1")
+    return folder
+
+
+QUESTIONS = dict.fromkeys(("train.jsonl", "test.jsonl"), '{"question": "x?", "golden_answers": ["y"]}\n' * 2)
+CORPUS = {"corpus.jsonl": '{"contents": "y"}\n'}

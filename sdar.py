@@ -45,12 +45,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import lib  # noqa: F401  before torch, whose threads wait as it says
 import torch
 
 import envs
 import kernels
 from lib import models, runs
-from lib.models import Chat
 from lib.runs import UserError, first_sentence, mean
 from lib.settings import add_options, check_value, check_values, option
 
@@ -384,7 +384,7 @@ class Policy:
     """What samples and what is trained, with all that both need."""
 
     model: torch.nn.Module
-    chat: Chat
+    chat: models.Chat
     stop_ids: frozenset
     device: torch.device
     autocast: bool
@@ -411,7 +411,7 @@ def make_policy(model, tokenizer, cfg):
     models.without_dropout(model)
     if cfg.recompute:
         models.recompute_activations(model)
-    policy = Policy(model.to(device).eval(), Chat(tokenizer), models.end_of_turn_ids(model, tokenizer), device,
+    policy = Policy(model.to(device).eval(), models.Chat(tokenizer), models.end_of_turn_ids(model, tokenizer), device,
                     autocast)
     policy.fused_error = check_model(policy, cfg)
     if cfg.kl_coef or cfg.teacher == "ref":

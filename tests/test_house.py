@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,3 +54,13 @@ def test_what_is_meant_to_be_read_stays_small():
     lines = lambda path: len(path.read_text().splitlines())
     assert {name: lines(ROOT / name) for name, most in AT_MOST.items() if lines(ROOT / name) > most} == {}
     assert sum(map(lines, [*ROOT.glob("test_*.py"), *ROOT.glob("tests/*.py")])) <= 2500
+
+
+@pytest.mark.parametrize("name", ["sdar", "tools.tiny"])
+def test_threads_are_told_to_wait_passively_before_torch_is_loaded(name):
+    say = "lambda name, *_: print(os.environ['OMP_WAIT_POLICY']) if name == 'torch' else None"
+    watch = f"type('Watch', (), {{'find_spec': {say}}})"
+    code = f"import importlib, os, sys\nsys.meta_path.insert(0, {watch})\nimportlib.import_module({name!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env={key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"})
+    assert done.stdout.split()[:1] == ["PASSIVE"], done.stderr

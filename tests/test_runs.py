@@ -17,7 +17,8 @@ from test_envs import GAMES, game_file
 
 import envs
 import sdar
-from conftest import config, flags, lines_of, refused, same, weights_of
+from conftest import (
+    CORPUS, QUESTIONS, assert_same_run, config, flags, interrupt_in, lines_of, refused, same, weights_of, written)
 from lib import retrieval, runs
 
 
@@ -27,11 +28,6 @@ def straight(model_folder, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "straight"
     assert sdar.main(flags(model_folder, run)) == 0
     return run
-
-
-def assert_same_run(run, straight):
-    assert same(weights_of(run / "checkpoint-4"), weights_of(straight / "checkpoint-4"))
-    assert lines_of(run) == lines_of(straight)
 
 
 def test_a_run_folder_holds_config_metrics_curve_episodes_and_loadable_checkpoints(straight, model_folder):
@@ -54,13 +50,6 @@ def test_a_run_folder_holds_config_metrics_curve_episodes_and_loadable_checkpoin
     assert same(first, weights_of(model_folder)) and not same(first, last)
 
 
-def test_the_default_run_folder_is_the_first_that_is_free(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("runs/webshop-sdar-3", "runs/webshop-sdar-3-2", "runs/webshop-sdar-3-3"):
-        assert sdar.make_config({"seed": 3}).out == name
-        Path(name).mkdir(parents=True)
-
-
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(straight, model_folder, tmp_path, capsys):
     run = tmp_path / "run"
     assert sdar.main(flags(model_folder, run, steps=2)) == 0
@@ -70,21 +59,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(straight, model_f
     assert sdar.main(["--resume", str(run), "--steps", "4"]) == 0
     assert sdar.main(["--resume", str(run)]) == 0  # it knows its new number of steps, and has nothing left to do
     assert_same_run(run, straight)
-
-
-def interrupt_in(monkeypatch, module, name, call):
-    """Presses Ctrl-C at the end of the call-th run of module.<name>, its work done but not yet noted."""
-    function, calls = getattr(module, name), []
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
-
-    def pressed(*args, **kwargs):
-        result = function(*args, **kwargs)
-        calls.append(name)
-        if len(calls) == call:
-            signal.raise_signal(signal.SIGINT)
-        return result
-
-    monkeypatch.setattr(module, name, pressed)
 
 
 @pytest.mark.parametrize("module, name, call", [
@@ -198,21 +172,33 @@ def test_a_retriever_that_is_down_is_counted_and_loses_no_step(model_folder, tmp
     assert step["rollout/errors"] == 12 and "errors 12" in capsys.readouterr().out
 
 
+def test_settings_come_from_defaults_environment_model_preset_method_and_user_and_runs_get_free_folders(
+        tmp_path, monkeypatch):
+    make = lambda **explicit: sdar.make_config(explicit | {"out": "x"})
+    assert make(model="m").lr == 1e-6 and make().lr == sdar.TINY_DEFAULTS["webshop"]["lr"] and make(lr=0.5).lr == 0.5
+    turns = {env: [make(env=env, model=model).max_turns for model in ("m", "tiny")] for env in envs.ENVIRONMENTS}
+    assert turns == {"webshop": [15, 8], "alfworld": [50, 24], "search": [4, 4]}
+    assert make(env="search", model="m").history == 4 and make(env="search", model="m", history=1).history == 1
+    official = make(preset="official")
+    assert (official.advantage_stats, official.teacher, official.teacher_prompt, official.check_admissible) == (
+        "turn", "rollout", "raw", False)
+    assert make(preset="official", advantage_stats="episode").advantage_stats == "episode"
+    grpo = make(preset="official", method="grpo")
+    assert (grpo.teacher, grpo.sdar_coef, grpo.entropy_coef) == ("none", 0.0, 0.001)
+    for model in ("m", "tiny"):
+        home, away = make(model=model), make(env="search", model=model)
+        assert sdar.in_environment(home, "search") == away and sdar.in_environment(away, "webshop") == home
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/webshop-sdar-3", "runs/webshop-sdar-3-2", "runs/webshop-sdar-3-3"):
+        assert sdar.make_config({"seed": 3}).out == name
+        Path(name).mkdir(parents=True)
+
+
 def without(source, folder, *files):
     """A copy of the model folder without some of its files."""
     return shutil.copytree(source, folder, ignore=lambda *_: files)
 
 
-def written(folder, texts):
-    """A new folder with these files, {name: text}."""
-    folder.mkdir()
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="latin-1")
-    return folder
-
-
-QUESTIONS = dict.fromkeys(("train.jsonl", "test.jsonl"), '{"question": "x?", "golden_answers": ["y"]}\n' * 2)
-CORPUS = {"corpus.jsonl": '{"contents": "y"}\n'}
 NO_JSON = {"items_shuffle.json": "[{", "items_ins_v2.json": "{}"}
 # name: (flags of a good run that are replaced, what the sentence must name); t: an empty folder, m: a good model
 BAD_INPUT = {

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import CORPUS, QUESTIONS, interrupt_in, written
 
 import envs
 import sdar
-from conftest import lines_of, own_logp, refused, same, weights_of
+from conftest import (
+    CORPUS, QUESTIONS, assert_same_run, interrupt_in, lines_of, own_logp, refused, same, weights_of, written)
 from lib import experts, models
 from tools import clone, tiny
 
@@ -66,7 +66,7 @@ def cloned_at_once_and_in_parts(program, folder, place, monkeypatch, **changes):
         interrupt_in(patch, *place)
         assert clone.main(clone_flags(parts, **changes), program) == 130
     assert clone.main(["--resume", str(parts)], program) == 0
-    assert same(weights_of(parts), weights_of(whole)) and lines_of(parts) == lines_of(whole)
+    assert_same_run(parts, whole, "")
     return whole
 
 
@@ -103,7 +103,7 @@ def new():
     sources = tiny.make_sources(clone.clone_config({"model": "tiny", "out": "x"}, tiny.TinyConfig))
     torch.manual_seed(0)
     model, tokenizer = tiny.new_model(sources, vocabulary=700, episodes=30)
-    chat = sdar.Chat(tokenizer)
+    chat = models.Chat(tokenizer)
     return types.SimpleNamespace(sources=sources, model=model, chat=chat, words=tiny.Words(chat, sources, sample=60))
 
 
@@ -131,7 +131,7 @@ def test_the_new_tokenizer_keeps_labels_whole_and_is_the_same_after_saving_and_l
     new.model.save_pretrained(tmp_path)
     new.chat.tokenizer.save_pretrained(tmp_path)
     text = "[kora-limu] Lamp $20.97, 1024<think>use every detail</think><action>click[red] é\n</action>"
-    for chat in (new.chat, sdar.Chat(models.read_model(str(tmp_path))[1])):
+    for chat in (new.chat, models.Chat(models.read_model(str(tmp_path))[1])):
         assert chat.prompt(text) == new.chat.prompt(text) and chat.tokenizer.decode(chat.encode(text)) == text
     action = chat.encode("<action>click[black]</action>")
     assert holds(chat.encode("color [black] [red]"), action[action.index(chat.encode("click[")[-1]) + 1:-2])
@@ -199,7 +199,7 @@ def test_a_new_models_batches_are_the_same_in_every_process():
             "cfg = clone.clone_config({'model': 'tiny', 'out': 'x', 'steps': 100}, tiny.TinyConfig)\n"
             "sources = tiny.make_sources(cfg)\n"
             "model, tokenizer = tiny.new_model(sources, vocabulary=1500, episodes=200)\n"
-            "policy = sdar.Policy(model, sdar.Chat(tokenizer), frozenset(), 'cpu', False)\n"
+            "policy = sdar.Policy(model, models.Chat(tokenizer), frozenset(), 'cpu', False)\n"
             "lessons_of = tiny.curriculum(policy, cfg, sources, tiny.Words(policy.chat, sources, sample=60))\n"
             "print([(one.prompt_ids, one.response_ids) for step in (9, 10, 30, 90) for one in lessons_of(step)])")
     seen = [subprocess.run([sys.executable, "-c", code], cwd=Path(sdar.__file__).parent, capture_output=True, text=True,
