@@ -56,8 +56,6 @@ from lib.settings import add_options, check_value, check_values, option
 
 __version__ = "0.2.0"
 
-HERE = Path(__file__).resolve().parent
-
 # E episodes · B rows (a row is one turn of an episode) · T response tokens of a row · N those of a micro-batch
 # S packed sequences · L their length · P prompt tokens · D hidden size · V vocabulary
 
@@ -88,13 +86,14 @@ def policy_loss(logp, old_logp, advantages, mask, *, num_tokens, clip=0.2, dual_
     """
     if advantages.dim() < logp.dim():
         advantages = advantages.unsqueeze(-1)  # [B, 1]
-    ratio = torch.exp(logp - old_logp)
+    log_ratio = (logp - old_logp).masked_fill(mask == 0, 0.0)  # what is masked may be anything, -inf too
+    ratio = torch.exp(log_ratio.clamp(max=20))  # far beyond both clips, so that no gradient is 0 * inf
     clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
     pessimistic = torch.maximum(-advantages * ratio, -advantages * clipped)
     bounded = torch.where(advantages < 0, torch.minimum(pessimistic, -advantages * dual_clip), pessimistic)  # eq. (2)
     with torch.no_grad():
         clip_fraction = (((ratio - 1).abs() > clip) * mask).sum() / num_tokens
-        old_kl = ((old_logp - logp) * mask).sum() / num_tokens
+        old_kl = (-log_ratio * mask).sum() / num_tokens
     return (bounded * mask).sum() / num_tokens, {"grpo/clip_fraction": clip_fraction, "grpo/old_kl": old_kl}
 
 
@@ -103,7 +102,7 @@ def kl_loss(logp, ref_logp, mask, *, num_tokens):
 
     d is clamped to +-10, as in the released code, so that no single token can overflow.
     """
-    d = (ref_logp.detach() - logp).clamp(-10, 10)
+    d = (ref_logp.detach() - logp).masked_fill(mask == 0, 0.0).clamp(-10, 10)
     return ((torch.exp(d) - d - 1) * mask).sum() / num_tokens  # eq. (3)
 
 
@@ -123,8 +122,9 @@ def sdar_loss(logp, teacher_logp, mask, *, beta=5.0, num_tokens=None, surrogate=
     a distance to the teacher and need not fall: only its gradient means something.
     """
     num_tokens = mask.sum() if num_tokens is None else num_tokens
+    difference = (teacher_logp.detach() - logp).masked_fill(mask == 0, 0.0)
     with torch.no_grad():
-        gap = teacher_logp - logp  # eq. (4)
+        gap = difference.detach()  # eq. (4)
         gate = torch.sigmoid(beta * gap) if gate is None else gate  # eq. (4)
         weight = SURROGATES[surrogate](gap, gate)
         metrics = {
@@ -133,7 +133,7 @@ def sdar_loss(logp, teacher_logp, mask, *, beta=5.0, num_tokens=None, surrogate=
             "sdar/gate": (gate * mask).sum() / num_tokens,
             "sdar/gate_active": ((gate > 0.5) * mask).sum() / num_tokens,
         }
-    return (weight * (teacher_logp.detach() - logp) * mask).sum() / num_tokens, metrics  # eq. (5)
+    return (weight * difference * mask).sum() / num_tokens, metrics  # eq. (5)
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -149,8 +149,7 @@ class Config:
     max_turns: int = option(envs.MAX_TURNS["webshop"], "turns after which an episode ends", at_least=1)
     history: int = option(2, "earlier turns shown in a prompt", at_least=0)
     history_observations: bool = option(True, "show the observations of earlier turns, not only the actions")
-    reward: str = option("won", "return of an episode: 10 if won, or 10 times the graded score",
-                         choices=("won", "score"))
+    reward: str = option("won", "return of an episode: 10 if won, or 10 x the graded score", choices=("won", "score"))
     # model
     model: str = option("tiny", "tiny (the bundled model), a folder, or a name that transformers loads")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -324,7 +323,7 @@ def load_skills(cfg, task_types):
     """Folder of Markdown -> {task type: text}, by cfg.retrieval. Raises UserError if a file is missing."""
     if cfg.retrieval == "none":
         return dict.fromkeys(task_types, "")
-    folder = Path(cfg.skills or HERE / "data" / "skills" / cfg.env)
+    folder = Path(cfg.skills or runs.ROOT / "data" / "skills" / cfg.env)
 
     def read(name):
         path = folder / f"{name}.md"
@@ -901,20 +900,21 @@ def train_step(policy, optimizer, rows, cfg, step):
     frozen = frozen_logp(policy, rows, cfg)
     if cfg.updates > 1:
         rows = random.Random(f"{cfg.seed} {step}").sample(rows, len(rows))
-    size = math.ceil(len(rows) / cfg.updates)
+    size, lr = math.ceil(len(rows) / cfg.updates), learning_rate(cfg, step)
     parts = [rows[i:i + size] for i in range(0, len(rows), size)]
     total, gaps = defaultdict(float), {}
     policy.model.train(cfg.recompute)  # transformers recomputes activations in train mode only
-    for part in parts:
-        num_tokens = sum(len(row.response_ids) for row in part)
-        optimizer.zero_grad(set_to_none=True)
-        for micro_batch in micro_batches(part, cfg.micro_tokens):
-            loss, metrics, some_gaps = step_loss(policy, cfg, micro_batch, num_tokens, frozen)
-            loss.backward()
-            gaps |= some_gaps
-            for name, value in metrics.items():
-                total[name] += float(value) / len(parts)
-        total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, learning_rate(cfg, step), cfg) / len(parts)
+    with runs.all_or_nothing(policy.model, optimizer, copy=len(parts) > 1):
+        for part in parts:
+            num_tokens = sum(len(row.response_ids) for row in part)
+            optimizer.zero_grad(set_to_none=True)
+            for micro_batch in micro_batches(part, cfg.micro_tokens):
+                loss, metrics, some_gaps = step_loss(policy, cfg, micro_batch, num_tokens, frozen)
+                loss.backward()
+                gaps |= some_gaps
+                for name, value in metrics.items():
+                    total[name] += float(value) / len(parts)
+            total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, lr, cfg) / len(parts)
     policy.model.eval()
     return dict(total), gaps
 

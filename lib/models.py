@@ -48,8 +48,9 @@ def read_model(path):
         raise UserError(f"There is no model in {path!r} (no config.json): give tiny, a folder written by "
                         "save_pretrained, or a name such as Qwen/Qwen2.5-1.5B-Instruct.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # a model is data, not a program
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa",
+                                                     trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"Could not load the model {path!r}: {first_sentence(error)}") from error
     return model, tokenizer

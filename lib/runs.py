@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from copy import deepcopy
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -223,24 +224,49 @@ def read_lines(path):
 
 # ----------------------------------------------------------------------------------------------------------- a live run
 
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
-def uninterrupted(doing="finishing this update, then saving ..."):
-    """Ctrl-C waits until the block is done, so that weights, optimiser, log and files always belong to a whole step."""
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(print(f"\n{doing}")))
+def handling(handler):
+    """Ctrl-C, SIGTERM and SIGHUP call handler(number, frame) within the block."""
+    before = [signal.signal(number, handler) for number in STOPPING]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in zip(STOPPING, before):
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def uninterrupted(doing="finishing this update, then saving ..."):
+    """What would stop the run waits until the block is done, so that weights, optimiser, log and files always belong to
+    a whole step."""
+    pressed = []
+    with handling(lambda *_: pressed.append(print(f"\n{doing}"))):
+        yield
     if pressed:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def all_or_nothing(model, optimizer, copy):
+    """If the block raises, weights and optimiser are as before it; copy: whether it may have changed them by then."""
+    before = deepcopy((model.state_dict(), optimizer.state_dict())) if copy else None
+    try:
+        yield
+    except BaseException:
+        if before:
+            model.load_state_dict(before[0])
+            optimizer.load_state_dict(before[1])
+        raise
 
 
 class Run:
     """An open run: log, progress bar and checkpoints. `step` is the number of whole steps done.
 
-    As a context manager it saves the whole steps however the block ends: at the end, on Ctrl-C (KeyboardInterrupt goes
-    on, with a line on how to resume), and on a UserError (which then says where they are). No Ctrl-C ends a save.
+    As a context manager it saves the whole steps however the block ends: at the end, on Ctrl-C, SIGTERM and SIGHUP (as
+    a KeyboardInterrupt, with a line on how to resume), and on a UserError (which then says where they are).
     """
 
     def __init__(self, folder, model, tokenizer, optimizer, cfg, step, command):
@@ -255,6 +281,8 @@ class Run:
         return save_checkpoint(self.folder, self.model, self.tokenizer, self.optimizer, self.step)
 
     def __enter__(self):
+        self.signals = handling(signal.default_int_handler)  # each raises KeyboardInterrupt
+        self.signals.__enter__()
         if self.step == 0:
             self.save_whole()  # a resumed run reads its reference model from there
         return self
@@ -270,6 +298,7 @@ class Run:
             elif isinstance(error, OSError):
                 raise unwritable(self.folder, error) from error
         finally:
+            self.signals.__exit__(None, None, None)
             self.bar.close()
 
     def save_whole(self, stopped=False):

@@ -137,10 +137,6 @@ def test_the_new_tokenizer_keeps_labels_whole_and_is_the_same_after_saving_and_l
     assert holds(chat.encode("color [black] [red]"), action[action.index(chat.encode("click[")[-1]) + 1:-2])
 
 
-def holds(ids, part):
-    return any(ids[i:i + len(part)] == part for i in range(len(ids)))
-
-
 def test_the_copy_task_repeats_a_stretch_of_the_prompt():
     for lesson in tiny.copy_task(range(700), random.Random(0), apart=20):
         stretch = lesson.prompt_ids[-1:] + lesson.response_ids
@@ -167,6 +163,7 @@ def test_substituted_words_are_the_same_ones_in_prompt_and_answer_and_all_else_s
 
 COPIED = {"alfworld": r"<think>( \w+) (?:found|missing|inside|elsewhere|away|reached|closed)",
           "search": r"<think>( [^,:]+)(?:: | no,| \d+,)", "webshop": r"use every detail.*search\[an?( [^]]+)"}
+holds = lambda ids, part: any(ids[i:i + len(part)] == part for i in range(len(ids)))
 
 
 def test_what_an_answer_copies_is_the_same_tokens_as_in_the_prompt_and_not_a_common_word(new):
@@ -199,7 +196,7 @@ def test_a_new_models_batches_are_the_same_in_every_process():
             "cfg = clone.clone_config({'model': 'tiny', 'out': 'x', 'steps': 100}, tiny.TinyConfig)\n"
             "sources = tiny.make_sources(cfg)\n"
             "model, tokenizer = tiny.new_model(sources, vocabulary=1500, episodes=200)\n"
-            "policy = sdar.Policy(model, models.Chat(tokenizer), frozenset(), 'cpu', False)\n"
+            "policy = sdar.Policy(model, sdar.models.Chat(tokenizer), frozenset(), 'cpu', False)\n"
             "lessons_of = tiny.curriculum(policy, cfg, sources, tiny.Words(policy.chat, sources, sample=60))\n"
             "print([(one.prompt_ids, one.response_ids) for step in (9, 10, 30, 90) for one in lessons_of(step)])")
     seen = [subprocess.run([sys.executable, "-c", code], cwd=Path(sdar.__file__).parent, capture_output=True, text=True,
