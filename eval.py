@@ -237,7 +237,7 @@ def evaluate(model, options):
     policy = sdar.load_policy(dataclasses.replace(cfg, kl_coef=0.0, teacher="none"))  # so no reference model either
     environments = [env] + [sdar.make_env(cfg) for _ in tasks[1:]]
     print(headline(settings))
-    with tqdm(total=len(tasks) * repeats * len(conditions), unit="episode", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=len(tasks) * repeats * len(conditions), unit="episode", leave=False, disable=None) as bar:
         outcomes = {name: play(policy, cfg, environments, tasks, repeats, skills if name == "with" else None, bar)
                     for name in conditions}
     summary = {name: summarise(outcomes[name]) for name in conditions}

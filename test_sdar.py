@@ -416,8 +416,7 @@ def test_the_entropy_term_raises_entropy(policy, rows):
 
 def test_the_learning_rate_warms_up_and_falls_to_zero_only_on_the_linear_schedule(policy, rows):
     rates = lambda **more: [sdar.learning_rate(config(lr=1.0, steps=4, warmup=2, **more), step) for step in range(4)]
-    assert rates(lr_schedule="constant") == [0.5, 1, 1, 1]
-    assert rates(lr_schedule="linear") == [0.5, 0.75, 0.5, 0.25]
+    assert [rates(lr_schedule=name) for name in ("constant", "linear")] == [[0.5, 1, 1, 1], [0.5, 0.75, 0.5, 0.25]]
     moving, cfg = copy.deepcopy(policy), config(lr=1.0, warmup=4, **NO_TEACHER)
     optimizer = sdar.make_optimizer(moving.model, cfg)
     sdar.train_step(moving, optimizer, rows, cfg, 0)

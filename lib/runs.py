@@ -275,7 +275,7 @@ class Run:
         self.resume = f"{command} --resume {folder}"
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.send = tracker(cfg, folder)
-        self.bar = tqdm(total=cfg.steps, initial=step, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=cfg.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)  # on terminals
 
     def save(self):
         return save_checkpoint(self.folder, self.model, self.tokenizer, self.optimizer, self.step)
@@ -316,7 +316,11 @@ class Run:
         """A line in metrics.jsonl, the same to wandb or tensorboard, and `line` above the progress bar."""
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | metrics) + "\n")
-        self.send(metrics, step)
+        try:
+            self.send(metrics, step)
+        except Exception as error:  # whatever a tracker raises, it is not worth a run
+            self.send = lambda metrics, step: None
+            self.bar.write(f"warning: nothing more is sent to the tracker: {type(error).__name__}: {error}")
         self.bar.write(line)
 
     def finish_step(self, metrics, line):

@@ -34,8 +34,8 @@ def test_a_run_folder_holds_config_metrics_curve_episodes_and_loadable_checkpoin
     assert {path.name for path in straight.iterdir()} == {  # nothing half-written, old checkpoints gone
         "config.json", "metrics.jsonl", "curve.png", "episodes", "checkpoint-0", "checkpoint-3", "checkpoint-4"}
     stored = json.loads((straight / "config.json").read_text())
-    assert (stored["tasks"], stored["provenance"]["packages"]["torch"]) == (2, torch.__version__)
-    lines = lines_of(straight)
+    lines, versions = lines_of(straight), stored["provenance"]["packages"]
+    assert (stored["tasks"], versions["torch"]) == (2, torch.__version__)
     assert [(e["step"], "eval/success" in e) for e in lines] == [
         (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
     assert {"reward/success", "grpo/loss", "sdar/gap", "sdar/gate", "kl/loss", "rollout/turns"} <= lines[1].keys()
@@ -129,15 +129,17 @@ def test_folders_that_hold_another_run_or_none_are_refused(straight, model_folde
     assert before == {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
 
 
-def test_metrics_go_to_tensorboard_and_a_missing_library_is_named(model_folder, tmp_path, capsys, monkeypatch):
+def test_metrics_go_to_tensorboard_whose_failure_ends_nothing_and_a_missing_library_is_named(
+        model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     refused(sdar.main, flags(model_folder, tmp_path / "a", report_to="tensorboard"), "pip install tensorboard", capsys)
     assert not (tmp_path / "a").exists()
-    sent = []
-    writer = types.SimpleNamespace(add_scalar=lambda name, value, step: sent.append((name, step)))
+    writer, sent = types.SimpleNamespace(), []
+    writer.add_scalar = lambda name, value, step: sent.append((name, step)) if step < 2 else 1 / 0
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda _: writer))
-    arguments = flags(model_folder, tmp_path / "b", report_to="tensorboard", steps=1, eval_every=0, eval_tasks=None)
-    assert sdar.main(arguments) == 0 and ("grpo/loss", 1) in sent
+    arguments = flags(model_folder, tmp_path / "b", report_to="tensorboard", steps=3, eval_every=0, eval_tasks=None)
+    assert sdar.main(arguments) == 0 and ("grpo/loss", 1) in sent and len(lines_of(tmp_path / "b")) == 3
+    assert capsys.readouterr().out.count("nothing more is sent to the tracker: Zero") == 1
 
 
 def official_games(folder):
