@@ -332,18 +332,17 @@ def parse_args(argv):
     return options
 
 
+def command(argv):
+    options = parse_args(argv)
+    if "compare" in options:
+        compare(*options["compare"])
+    else:
+        evaluate(options["model"], options)
+
+
 def main(argv=None):
     """The command line. Returns the exit status; bad input is one sentence on standard error and status 2."""
-    try:
-        options = parse_args(argv)
-        if "compare" in options:
-            compare(*options["compare"])
-        else:
-            evaluate(options["model"], options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return runs.exit_status(command, argv)
 
 
 if __name__ == "__main__":

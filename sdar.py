@@ -1028,22 +1028,19 @@ def parse_args(argv):
     return explicit, explicit.pop("resume")
 
 
+def command(argv):
+    explicit, resume = parse_args(argv)
+    if resume is None:
+        train(make_config(explicit))
+    else:
+        cfg, folder, checkpoint = runs.reopen(resume, explicit, Config, ("steps", "threads", "report_to"))
+        validate(cfg)
+        train(cfg, folder, checkpoint)
+
+
 def main(argv=None):
     """The command line. Returns the exit status; bad input is one sentence on standard error and status 2."""
-    try:
-        explicit, resume = parse_args(argv)
-        if resume is not None:
-            cfg, folder, checkpoint = runs.reopen(resume, explicit, Config, ("steps", "threads", "report_to"))
-            validate(cfg)
-            train(cfg, folder, checkpoint)
-        else:
-            train(make_config(explicit))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # what was done is saved
-        return 130
-    return 0
+    return runs.exit_status(command, argv)
 
 
 if __name__ == "__main__":

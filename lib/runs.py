@@ -34,6 +34,18 @@ def first_sentence(error):
     return str(error).strip().split("\n")[0].rstrip(".") + "."
 
 
+def exit_status(program, argv):
+    """Runs program(argv) -> 0; 2 after a UserError, one sentence on standard error; 130 after Ctrl-C."""
+    try:
+        program(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # what was done is saved
+        return 130
+    return 0
+
+
 def optional(module, package):
     """An optional library, imported where it is used. Raises UserError with the pip line if it is missing."""
     try:

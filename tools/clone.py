@@ -228,14 +228,7 @@ def clone(argv):
 
 def main(argv=None, program=clone):
     """The command line. Returns the exit status; bad input is one sentence on standard error and status 2."""
-    try:
-        program(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # what was done is saved
-        return 130
-    return 0
+    return runs.exit_status(program, argv)
 
 
 if __name__ == "__main__":
