@@ -241,12 +241,13 @@ STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 @contextlib.contextmanager
 def handling(handler):
-    """Ctrl-C, SIGTERM and SIGHUP call handler(number, frame) within the block."""
-    before = [signal.signal(number, handler) for number in STOPPING]
+    """Ctrl-C, SIGTERM and SIGHUP call handler(number, frame) within the block; what is ignored (nohup) stays so."""
+    heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    before = [signal.signal(number, handler) for number in heeded]
     try:
         yield
     finally:
-        for number, old in zip(STOPPING, before):
+        for number, old in zip(heeded, before):
             signal.signal(number, old)
 
 
