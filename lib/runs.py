@@ -335,6 +335,7 @@ class Run:
             self.send = lambda metrics, step: None
             self.bar.write(f"warning: nothing more is sent to the tracker: {type(error).__name__}: {error}")
         self.bar.write(line)
+        sys.stdout.flush()  # a log file shows the line at once, too
 
     def finish_step(self, metrics, line):
         """Counts and logs a step that is done, and saves it where that is due."""
