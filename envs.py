@@ -12,6 +12,7 @@ import json
 import random
 import re
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,11 @@ class TextEnv(gymnasium.Env):
         return self.player(rng if weak else None)
 
 
+def nfc(text):
+    """One form for texts that look alike: "é" may be one code point or two."""
+    return unicodedata.normalize("NFC", text)
+
+
 def prompt_head(role, skills):
     """The lines with which a prompt begins."""
     return [role, "Skills:", skills.strip()] if skills else [role]
@@ -134,12 +140,26 @@ def last_steps(history, shown):
     return ["Last steps:", *lines] if lines else []
 
 
-def split_answer(text, tail):
-    """An answer -> (action, valid), lower-cased; without the action's tags the action is the last `tail` characters."""
+def read_answer(text, kinds, tags):
+    """An answer -> (kind, what it says) if it is one closed thought, then one block <kind>..</kind>, and nothing else.
+
+    kinds: of blocks that are allowed. A block is not blank and holds none of `tags`; a thought may say what it likes
+    about actions. ("", "") for every other answer.
+    """
+    block = rf"(?i:<(?P<kind>{'|'.join(kinds)})>(?P<inner>((?!</?({'|'.join(tags)})>).)*)</(?P=kind)>)"
+    match = re.fullmatch(rf"\s*<think>((?!</?think>).)*</think>\s*{block}\s*", text, re.DOTALL)
+    return (match["kind"].lower(), match["inner"].strip()) if match else ("", "")
+
+
+def parse_tagged(text, tail, official):
+    """An answer with <action> -> (action, valid), lower-cased: see `parse_webshop`."""
+    if not official:
+        action = read_answer(text, ["action"], ["think", "action"])[1].lower()
+        return action, bool(action)
     lower = text.lower()
     start, end = lower.find("<action>"), lower.find("</action>")
     if start < 0 or end < 0:
-        return lower[len(lower) - min(tail, len(lower)):], False
+        return lower[-tail:], False
     valid = "<think>" in text and "</think>" in text and not re.search("[\u4e00-\u9fff]", text)
     return lower[start + len("<action>"):end].strip(), valid
 
@@ -151,8 +171,11 @@ def split_answer(text, tail):
 # original shows or counts is reproduced; only its search engine (Lucene) is replaced by a BM25 of the same constants.
 # ---------------------------------------------------------------------------------------------------------------------
 
+NOT_BUTTONS = str.maketrans("[]", "()")  # brackets of a title, which nobody can click
+
+
 def webshop_page(observation, admissible):
-    """A page as short lines: what can be clicked stands in brackets; the task, shown elsewhere, is left out.
+    """A page as short lines: what can be clicked, alone, stands in brackets; the task, shown elsewhere, is left out.
 
     observation: visible texts joined by " [SEP] ". admissible: what can be clicked, as labels or as click[label].
 
@@ -182,7 +205,8 @@ def webshop_page(observation, admissible):
             new_line = kind == "link"
         else:  # an option's name, the title or text below a row of brackets, a row of buttons below a text
             new_line = kind == "text" and (before != "text" or after == "link") or kind == "button" and before != kind
-        page += ("\n" if new_line else " ") + (part if kind == "text" else f"[{part.lower()}]")
+        page += "\n" if new_line else " "
+        page += part.translate(NOT_BUTTONS) if kind == "text" else f"[{part.lower()}]"
     return page.strip()
 
 
@@ -202,23 +226,24 @@ def webshop_prompt(task, history, observation, admissible, skills=""):
 
 
 def parse_webshop(text, *, official=False):
-    """Splits an answer into the action, lower-cased, and whether the answer keeps the format.
+    """Splits an answer into the action, lower-cased, and whether the answer is valid; an invalid one's action is "".
 
-    The format, as in verl-agent, is <think> and </think>, <action> and </action>, and no Chinese characters. Without
-    the action's tags the action is "", or, as in the official projection, the answer's last 20 characters.
+    A valid answer is one closed <think>..</think>, then one <action>..</action> that is not blank, and nothing else.
+    official: as in verl-agent, the first pair of <action> tags counts wherever it stands, without one the last 20
+    characters; <think> and </think> somewhere and no Chinese character make it valid.
 
     >>> parse_webshop("<think>i should search</think><action> search[Red shirt] </action>")
     ('search[red shirt]', True)
-    >>> parse_webshop("<action>click[buy now]</action>")
-    ('click[buy now]', False)
-    >>> parse_webshop("click[buy now]"), parse_webshop("click[buy now]", official=True)
+    >>> parse_webshop("<action>click[buy now]</action>"), parse_webshop("click[buy now]", official=True)
     (('', False), ('click[buy now]', False))
     """
-    return split_answer(text, 20 if official else 0)
+    action, valid = parse_tagged(text, 20, official)
+    blank = not official and re.fullmatch(r"search\[\s*\]", action)  # it would turn the page, as in the original
+    return ("", False) if blank else (action, valid)
 
 
 WEBSHOP_MAX_STEPS = 15
-WEBSHOP_VAL_GOALS = 500                  # the first 500 goals of the fixed order are held out, as in the original
+WEBSHOP_VAL_GOALS = 500                  # the first 500 official goals of the fixed order are held out
 HITS_PER_PAGE = 10
 SUB_PAGES = ("description", "features", "reviews", "attributes")
 
@@ -236,7 +261,7 @@ def normalize_color(value):
 
 def token_set_ratio(a, b):
     """thefuzz's token_set_ratio, 0..100: Latin-1 above ASCII is deleted, other scripts are kept; tuples as `str`."""
-    a, b = (re.sub("[\x80-\xff]", "", str(text)) for text in (a, b))
+    a, b = (re.sub("[\x80-\xff]", "", nfc(str(text))) for text in (a, b))
     return round(fuzz.token_set_ratio(a, b, processor=utils.default_process))
 
 
@@ -255,7 +280,7 @@ def nouns_by_rule(title):
 
     Titles are mostly nouns, so this keeps a few adjectives too many, which match or miss in both titles alike.
     """
-    words = re.findall(r"[^\W_]+", title.lower())
+    words = re.findall(r"[^\W_]+", nfc(title.lower()))
     return [word for word in words if word.isalpha() and len(word) > 1 and word not in NOT_NOUNS]
 
 
@@ -289,9 +314,9 @@ def type_reward(bought, goal, nouns):
 
 def count_attributes(bought, wanted):
     """How many wanted attributes the product has: by fuzzy match, or literally in its texts."""
-    texts = [bought["Title"].lower(), " ".join(bought["BulletPoints"]).lower(), bought["Description"].lower()]
+    texts = [nfc(text.lower()) for text in (bought["Title"], " ".join(bought["BulletPoints"]), bought["Description"])]
     return sum(any(token_set_ratio(has, wish) > 85 for has in bought["Attributes"])
-               or any(wish in text for text in texts) for wish in wanted)
+               or any(nfc(wish) in text for text in texts) for wish in wanted)
 
 
 def count_options(chosen, wanted):
@@ -421,6 +446,7 @@ class Shop(NamedTuple):
     """A catalogue. Shared between environments: not to be changed."""
     products: dict                       # {asin: product} as after the official loader
     nouns: Callable                      # title -> its nouns
+    held_out: set = frozenset()          # asins that only validation asks for
 
 
 @functools.lru_cache(maxsize=8)
@@ -430,7 +456,8 @@ def load_shop(data, human_goals):
         return Shop(build_products(read_catalogue(data, human_goals)), title_nouns)
     catalogue = webshop_catalogue()
     # Generated titles are judged by the rule everywhere, so that a score does not depend on what is installed.
-    return Shop(build_products(catalogue if human_goals else catalogue._replace(human=None)), nouns_by_rule)
+    products = build_products(catalogue if human_goals else catalogue._replace(human=None))
+    return Shop(products, nouns_by_rule, catalogue.held_out)
 
 
 @functools.lru_cache(maxsize=8)
@@ -455,6 +482,15 @@ def load_goals(data, human_goals, seed, shuffle_seed):
     return prices, goals
 
 
+def split_goals(goals, held_out):
+    """{split: indices of its goals}: by product where some are held out, else the first 500 goals or half are "val"."""
+    if held_out:
+        return {split: [number for number, goal in enumerate(goals) if (goal["asin"] in held_out) == (split == "val")]
+                for split in ("val", "train")}
+    first_train = WEBSHOP_VAL_GOALS if len(goals) >= 2 * WEBSHOP_VAL_GOALS else len(goals) // 2
+    return {"val": range(first_train), "train": range(first_train, len(goals))}
+
+
 class WebShop(TextEnv):
     """Buy what an instruction asks for; actions are `search[words]` (on every page) and `click[label]`.
 
@@ -469,8 +505,8 @@ class WebShop(TextEnv):
     show_attrs: items also have a page of attributes.
 
     `reset(options=)` takes {"split": "train" | "val", "task_id": int}, {"split": "all"} (the original's weighted draw
-    over all goals) or {"goal": index in `goals` or a goal}. The first 500 goals are "val", the others "train" (half
-    each if there are fewer than 1,000). The reward is the graded score of a purchase, which ends the episode; it is
+    over all goals) or {"goal": index in `goals` or a goal}. The first 500 official goals are "val", the others "train"
+    (half each if there are fewer than 1,000); generated goals are split by product. The reward is the graded score of a purchase, which ends the episode; it is
     truncated after `WEBSHOP_MAX_STEPS`. As in the original, a search still works afterwards.
 
     State: page ("start", "results", "item", one of `SUB_PAGES`, "done"), results (asins, best first), page_number (from
@@ -486,13 +522,12 @@ class WebShop(TextEnv):
         if observation_mode not in ("text", "text_rich"):
             raise ValueError(f"observation_mode must be 'text' or 'text_rich', not {observation_mode!r}.")
         source = (None if data is None else str(data)), bool(human_goals)
-        self.products, own_nouns = load_shop(*source)
+        self.products, own_nouns, held_out = load_shop(*source)
         self.price, self.goals = load_goals(*source, seed, shuffle_seed)
         self.search, self.draws_random = search or load_search(*source), search is None
         self.nouns = nouns or own_nouns
         self.observation_mode, self.show_attrs = observation_mode, bool(show_attrs)
-        first_train = WEBSHOP_VAL_GOALS if len(self.goals) >= 2 * WEBSHOP_VAL_GOALS else len(self.goals) // 2
-        self.splits = {"val": range(first_train), "train": range(first_train, len(self.goals))}
+        self.splits = split_goals(self.goals, held_out)
         self.page = None
 
     def reset(self, *, seed=None, options=None):
@@ -527,9 +562,11 @@ class WebShop(TextEnv):
         score, valid = 0.0, False
         if name == "search" and argument is not None:
             self._show_results(argument, 1)
-            valid = bool(argument.strip())
-        elif name == "click" and argument in self.clickables and argument != "search":
-            score, valid = self._click(argument), True
+            valid = True
+        elif name == "click" and argument is not None:
+            label = next((label for label in self.clickables if nfc(label) == nfc(argument)), "search")
+            if label != "search":        # which is refused
+                score, valid = self._click(label), True
         self.steps += 1
         bought = valid and self.page == "done"
         observation, info = self._observe(), self._info(valid=valid, score=score)
@@ -680,15 +717,14 @@ def alfworld_prompt(task, history, observation, admissible, skills=""):
 def parse_alfworld(text, *, official=False):
     """Splits an answer into the action, lower-cased, and whether the answer keeps the format.
 
-    The format is WebShop's. Without the action's tags the action is "", or, as in the official projection, the answer's
-    last 30 characters.
+    The format is WebShop's; official: without the action's tags the action is the last 30 characters.
 
     >>> parse_alfworld("<think>take the egg</think><action>take egg 1 from fridge 1</action>")
     ('take egg 1 from fridge 1', True)
     >>> parse_alfworld("I go to fridge 1"), parse_alfworld("go to fridge 1", official=True)
     (('', False), ('go to fridge 1', False))
     """
-    return split_answer(text, 30 if official else 0)
+    return parse_tagged(text, 30, official)
 
 
 ALFWORLD_MAX_STEPS = 50
@@ -921,7 +957,7 @@ class ALFWorld(TextEnv):
 
     def step(self, action):
         self.check_action(action, running=self.game is not None)
-        found = self.last = self.actions.get(action.strip())
+        found = self.last = self.actions.get(nfc(action.strip()))
         if found is None:
             observation = "Nothing happens."
         else:
@@ -971,7 +1007,7 @@ def search_prompt(task, history, observation, admissible, skills=""):
     steps = []
     for seen, action in history:
         steps += [seen.strip()] if seen and seen != task else []
-        steps.append(f"- {parse_search(action)[0] or '(not in the format)'}")
+        steps.append(f"- {parse_search(f'<think></think>{action}')[0] or '(not in the format)'}")
     return "\n".join([
         *prompt_head("You answer a question. Search for what you need to know, then answer.", skills),
         *(["Last steps:", *steps] if steps else []),
@@ -987,12 +1023,12 @@ def tagged_blocks(text, tag):
 
 
 def parse_search(text, *, official=False):
-    """Splits an answer into its action and whether the answer keeps the format.
+    """Splits an answer into its action and whether the answer is valid; an invalid one's action is "".
 
-    Everything after the first </search> (without one: the first </answer>) is cut. The action is the first search
-    block, else the first answer block. An answer with both kinds, with one twice, or with another of SEARCH_TAGS in its
-    block is invalid, and its action "". <think> is not required.
-    official: as in the released code an invalid answer's block is acted on, and a tag in a block is allowed.
+    A valid answer is one closed <think>..</think>, then one search or answer block, which is not blank and holds none
+    of SEARCH_TAGS, and nothing else. official: as in the released code, everything after the first </search> (without
+    one: the first </answer>) is cut, and the first search block, else the first answer block, is acted on; both kinds,
+    or one kind twice, are invalid, and <think> is not required.
 
     >>> parse_search("<think>look it up</think><search>Lisbon</search>")
     ('<search> Lisbon </search>', True)
@@ -1000,16 +1036,15 @@ def parse_search(text, *, official=False):
     >>> parse_search(text), parse_search(text, official=True)
     (('', False), ('<search> Lisbon </search>', False))
     """
+    if not official:
+        tag, inner = read_answer(text, ("search", "answer"), SEARCH_TAGS)
+        return (f"<{tag}> {' '.join(inner.split())} </{tag}>", True) if inner else ("", False)
     counts = {tag: len(re.findall(f"<{tag}>", text, re.IGNORECASE)) for tag in ("search", "answer")}
     end = re.search("</search>", text, re.IGNORECASE) or re.search("</answer>", text, re.IGNORECASE)
     kept = text[:end.end()] if end else text
     blocks = [(tag, inner) for tag in ("search", "answer") for inner in tagged_blocks(kept, tag)]
-    if not blocks:
-        return "", False
-    tag, inner = blocks[0]
-    is_clean = not re.search(f"</?({'|'.join(SEARCH_TAGS)})>", inner, re.IGNORECASE)
-    valid = sum(counts.values()) == 1 and (is_clean or official)
-    return (f"<{tag}> {inner} </{tag}>" if valid or official else ""), valid
+    tag, inner = blocks[0] if blocks else ("", "")
+    return f"<{tag}> {inner} </{tag}>" if blocks else "", sum(counts.values()) == len(blocks) == 1
 
 
 SEARCH_MAX_TURNS = 4

@@ -113,6 +113,7 @@ class Catalogue(NamedTuple):
     attributes: dict                     # items_ins_v2.json: {asin: attributes and the synthetic instruction}
     human: dict | None                   # items_human_ins.json: {asin: [instructions]}; None: synthetic goals
     names: tuple = ("items", "attributes", "human")
+    held_out: set = frozenset()          # asins that only validation asks for; none where the order of goals decides
 
 
 def read_catalogue(folder, human_goals):

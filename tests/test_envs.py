@@ -99,6 +99,8 @@ def test_answers_are_split_and_compared_prompts_show_what_is_given_and_examples_
         mode, _, name = function.rpartition(" ")
         result = getattr(envs, name)(*arguments, **({"official": True} if mode else {}))
         assert json.loads(json.dumps(result)) == expected, (function, arguments)
+    for name, texts in CASES["invalid answers"].items():
+        assert {text: envs.parse_action(name, text) for text in texts} == dict.fromkeys(texts, ("", False))
     assert doctest.testmod(envs).failed == 0 < doctest.testmod(envs).attempted
 
 
