@@ -23,7 +23,7 @@ import numpy as np
 from rapidfuzz import fuzz, utils
 
 from lib import experts
-from lib.generated import SEARCH_TYPES, bundled_corpus, generate_game, search_questions, webshop_catalogue
+from lib.generated import SEARCH_TYPES, bundled_corpus, game_types, generate_game, search_questions, webshop_catalogue
 from lib.official import (
     ALFWORLD_SPLITS,
     ALFWORLD_TYPES,
@@ -49,6 +49,7 @@ from lib.official import (
     place_of,
     question_files,
     read_catalogue,
+    split_goals,
     weighted_goal,
 )
 from lib.retrieval import (
@@ -74,7 +75,8 @@ class AnyText(gymnasium.spaces.Text):
 
 
 class TextEnv(gymnasium.Env):
-    """Spaces, checks of calls and scripted players. Subclasses set the three attributes below."""
+    """Spaces, checks of calls and scripted players. Subclasses set the attributes below, and have `types_of`: split ->
+    the `task_type` of each of its tasks, in the order of their numbers."""
     metadata = {"render_modes": []}
     label = example = ""                 # the environment's name and an action, for errors
     player: Callable                     # (env, rng or None) -> (thought, action), see lib/experts.py
@@ -114,6 +116,9 @@ class TextEnv(gymnasium.Env):
                             f"{type(action).__name__}.")
         if not running:
             raise gymnasium.error.ResetNeeded(f"No episode of {self.label} is running; call reset before step.")
+
+    def num_tasks(self, split):
+        return len(self.types_of(split))
 
     def expert(self):
         """A good next action, from any state of a task that the scripted players can read."""
@@ -243,7 +248,6 @@ def parse_webshop(text, *, official=False):
 
 
 WEBSHOP_MAX_STEPS = 15
-WEBSHOP_VAL_GOALS = 500                  # the first 500 official goals of the fixed order are held out
 HITS_PER_PAGE = 10
 SUB_PAGES = ("description", "features", "reviews", "attributes")
 
@@ -482,15 +486,6 @@ def load_goals(data, human_goals, seed, shuffle_seed):
     return prices, goals
 
 
-def split_goals(goals, held_out):
-    """{split: indices of its goals}: by product where some are held out, else the first 500 goals or half are "val"."""
-    if held_out:
-        return {split: [number for number, goal in enumerate(goals) if (goal["asin"] in held_out) == (split == "val")]
-                for split in ("val", "train")}
-    first_train = WEBSHOP_VAL_GOALS if len(goals) >= 2 * WEBSHOP_VAL_GOALS else len(goals) // 2
-    return {"val": range(first_train), "train": range(first_train, len(goals))}
-
-
 class WebShop(TextEnv):
     """Buy what an instruction asks for; actions are `search[words]` (on every page) and `click[label]`.
 
@@ -506,8 +501,9 @@ class WebShop(TextEnv):
 
     `reset(options=)` takes {"split": "train" | "val", "task_id": int}, {"split": "all"} (the original's weighted draw
     over all goals) or {"goal": index in `goals` or a goal}. The first 500 official goals are "val", the others "train"
-    (half each if there are fewer than 1,000); generated goals are split by product. The reward is the graded score of a purchase, which ends the episode; it is
-    truncated after `WEBSHOP_MAX_STEPS`. As in the original, a search still works afterwards.
+    (half each if there are fewer than 1,000); generated goals are split by product. The reward is the graded score of a
+    purchase, which ends the episode; it is truncated after `WEBSHOP_MAX_STEPS`. As in the original, a search still
+    works afterwards.
 
     State: page ("start", "results", "item", one of `SUB_PAGES`, "done"), results (asins, best first), page_number (from
     1; None before a search), asin (or None), options ({name: value} chosen), clickables (labels), goal, price ({asin:
@@ -684,8 +680,8 @@ class WebShop(TextEnv):
         """The departments of the goals: what `info["task_type"]` can be."""
         return tuple(sorted({goal["category"] for goal in self.goals}))
 
-    def num_tasks(self, split):
-        return len(self.splits[self.check_split(split, self.splits)])
+    def types_of(self, split):
+        return [self.goals[number]["category"] for number in self.splits[self.check_split(split, self.splits)]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -893,7 +889,7 @@ def feedback(game, facts, action, put_wording="move"):
 
 class GameSource(NamedTuple):
     """Where games come from."""
-    count: Callable                      # split -> number of games
+    types: Callable                      # split -> each game's task type
     load: Callable                       # (split, number) -> `Game`
     skipped: Callable                    # split -> {reason: number of games left out}
 
@@ -901,11 +897,11 @@ class GameSource(NamedTuple):
 def game_source(data):
     """The official games in the folder `data`, or the generated ones where it is None: the only place that asks."""
     if data is None:
-        return GameSource(ALFWORLD_SPLITS.get, generate_game, lambda split: {})
+        return GameSource(game_types, generate_game, lambda split: {})
     folder = str(check_folder(data, "ALFWorld's json_2.1.1"))
-    return GameSource(lambda split: len(find_games(folder, split)[0]),
-                      lambda split, number: load_game(find_games(folder, split)[0][number]),
-                      lambda split: find_games(folder, split)[1])
+    return GameSource(lambda split: find_games(folder, split).types,
+                      lambda split, number: load_game(find_games(folder, split).paths[number]),
+                      lambda split: find_games(folder, split).skipped)
 
 
 class ALFWorld(TextEnv):
@@ -974,8 +970,8 @@ class ALFWorld(TextEnv):
         return {"task": self.game.task, "task_id": self.task_id, "task_type": self.game.task_type,
                 "admissible": sorted(self.actions), "valid": valid, "won": won, "score": float(won)}
 
-    def num_tasks(self, split):
-        return self.source.count(self._split(split))
+    def types_of(self, split):
+        return self.source.types(self._split(split))
 
     def skipped(self, split):
         """{reason: number of games of the split that were left out}."""
@@ -1190,8 +1186,8 @@ class SearchQA(TextEnv):
         """What `info["task_type"]` can be: the data sources of all splits, or the types of generated questions."""
         return self.source.task_types()
 
-    def num_tasks(self, split):
-        return len(self._questions(split))
+    def types_of(self, split):
+        return [question.task_type for question in self._questions(split)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

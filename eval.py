@@ -27,7 +27,6 @@ adds noise of its own.
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import sys
@@ -42,6 +41,7 @@ import sdar
 from lib import runs
 from lib.runs import UserError
 from lib.settings import add_options
+from lib.tasks import evaluation_set_hash
 
 FORMAT = "sdar eval 2"  # marks result files, which have all of PARTS
 PARTS = {"model", "evaluation_set", "conditions", "sampling", "config", "summary", "outcomes"}
@@ -153,9 +153,10 @@ def print_difference(title, result):
 CONDITIONS = {"without": "without skills", "with": "with skills in the prompt"}
 
 # Settings of sdar.Config that decide an episode, and all that are flags here under the same names.
-SETTINGS = ("env", "data", "retriever", "skills", "retrieval", "max_turns", "history", "history_observations",
-            "max_prompt_tokens", "max_response_tokens", "check_admissible", "seed", "dtype", "rollout_batch")
-FLAGS = (*SETTINGS, "device", "threads", "eval_tasks", "eval_temperature")
+SETTINGS = ("env", "data", "human_goals", "retriever", "skills", "retrieval", "max_turns", "history",
+            "history_observations", "max_prompt_tokens", "max_response_tokens", "check_admissible", "seed", "dtype")
+SAMPLING = ("eval_split", "eval_tasks", "eval_temperature")  # flags with names of their own here
+FLAGS = (*SETTINGS, *SAMPLING, "env_timeout", "rollout_batch", "device", "threads")
 
 
 def evaluation_config(model, explicit):
@@ -171,20 +172,8 @@ def evaluation_config(model, explicit):
     cfg = dataclasses.replace(run, **explicit)
     if cfg.retrieval == "none":  # a run without a teacher, which is to be shown the same skills as the others
         cfg.retrieval = sdar.Config.retrieval
-    sdar.validate(cfg, flags.keys() & {"retriever", "history_observations"})
+    sdar.validate(cfg, flags.keys() & {"retriever", "history_observations", "human_goals"})
     return cfg
-
-
-def evaluation_set_hash(env, tasks):
-    """SHA-256 (hex) over split, id, instruction and goal of every task: equal exactly if the tasks are.
-
-    Resets env to each task. The goal is env.goal, or None where the environment has no such attribute.
-    """
-    entries = []
-    for task in tasks:
-        _, info = sdar.guard(task, "reset", env.reset, options={"split": task.split, "task_id": task.task_id})
-        entries.append([task.split, task.task_id, info["task"], getattr(env, "goal", None)])
-    return hashlib.sha256(json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def play(policy, cfg, environments, tasks, repeats, skills, bar):
@@ -219,15 +208,15 @@ def changes(first, second):
 def evaluate(model, options):
     """Plays the evaluation set under the given options, prints the tables, writes the result file -> its dict."""
     cfg = evaluation_config(model, {name: options[name] for name in FLAGS if name in options})
-    repeats, split = options.get("repeats", 1), options.get("split", "val")
+    repeats = options.get("repeats", 1)
     if repeats < 1 or repeats > 1 and cfg.eval_temperature == 0:
         raise UserError(f"--repeats is {repeats}, but must be at least 1, and 1 with --temperature 0, whose episodes "
                         "are all alike.")
     conditions = [name for name in CONDITIONS if options.get("condition", "both") in (name, "both")]
     env = sdar.make_env(cfg)
-    tasks = sdar.evaluation_tasks(cfg, env, split)
+    tasks = sdar.evaluation_tasks(cfg, env)
     settings = {"model": model, "evaluation_set": evaluation_set_hash(env, tasks), "conditions": conditions,
-                "sampling": {"split": split, "tasks": len(tasks), "repeats": repeats, "seed": cfg.seed,
+                "sampling": {"split": cfg.eval_split, "tasks": len(tasks), "repeats": repeats, "seed": cfg.seed,
                              "temperature": cfg.eval_temperature}, "config": dataclasses.asdict(cfg)}
     name = Path(model).absolute().name
     default = f"{model}/eval.json" if name.startswith("checkpoint-") else f"eval-{name}-{cfg.env}.json"
@@ -317,11 +306,11 @@ def parse_args(argv):
     parser.add_argument("--temperature", "--eval_temperature", dest="eval_temperature", type=float,
                         help=f"0 is greedy (default {sdar.Config.eval_temperature})")
     parser.add_argument("--tasks", "--eval_tasks", dest="eval_tasks", type=int,
-                        help=f"the first N of the split (default {sdar.Config.eval_tasks})")
+                        help=f"tasks, drawn by task type (default {sdar.Config.eval_tasks}); 0 for the whole split")
     parser.add_argument("--repeats", type=int, help="episodes per task, each with its own seed (default 1)")
-    parser.add_argument("--split", help="default val")
+    parser.add_argument("--split", "--eval_split", dest="eval_split", help="default val; alfworld valid_unseen")
     parser.add_argument("--out", help="result file (default: eval.json in a checkpoint, else eval-<model>-<env>.json)")
-    add_options(parser, sdar.Config, set(FLAGS) - {"eval_tasks", "eval_temperature"}, sdar.TABLES)
+    add_options(parser, sdar.Config, set(FLAGS) - {*SAMPLING}, sdar.TABLES)
     options = vars(parser.parse_args(argv))
     if "compare" in options and (options["model"] or len(options) > 2):
         raise UserError("--compare A.json B.json stands alone: leave the model and every other option out.")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.official import (
+    ALFWORLD_SPLITS,
     ALFWORLD_TYPES,
     APPLIANCES,
     Catalogue,
@@ -204,16 +205,22 @@ ALFWORLD_RULES = dict(zip(ALFWORLD_TYPES, [
              TWO_GOAL)], strict=True))
 
 
+@functools.lru_cache
+def game_types(split):
+    """The task type of each game of a split: they take turns."""
+    return [ALFWORLD_TYPES[number % len(ALFWORLD_TYPES)] for number in range(ALFWORLD_SPLITS[split])]
+
+
 @functools.lru_cache(maxsize=512)
 def generate_game(split, task_id):
-    """Game number `task_id` of a split of ALFWORLD_SPLITS, as a `Game`; its type goes round with the number.
+    """Game number `task_id` of a split of ALFWORLD_SPLITS, as a `Game`.
 
     A room has 8 to 12 receptacles; one or two of the wanted objects (two or three where two are to be brought), none
     of them at the destination; a lamp in living rooms and bedrooms; 11 to 18 other objects. Each lies in one of its
     placements, with half the chance at each next one.
     """
     rng = random.Random(f"alfworld {split} {task_id}")
-    task_type = ALFWORLD_TYPES[task_id % len(ALFWORLD_TYPES)]
+    task_type = game_types(split)[task_id]
     rule = ALFWORLD_RULES[task_type]
     room = rng.choice(rule.rooms)
     layouts = ALFWORLD_ROOMS[room]["unseen" if split == "valid_unseen" else "seen"]

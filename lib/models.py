@@ -76,6 +76,11 @@ class Chat:
     def encode(self, text, control=False):
         return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"])
 
+    def ends(self, ids, count):
+        """The text of the first and last tokens of a text, `count` in all, with "..." for the others."""
+        first, last = ids[:(count + 1) // 2], ids[len(ids) - count // 2:]
+        return " ... ".join(self.tokenizer.decode(part).strip("\ufffd") for part in (first, last))
+
     def prompt(self, text):
         return self.before + self.encode(text) + self.after
 
@@ -100,15 +105,21 @@ def recompute_activations(model):
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def draw_tokens(logprobs, temperature, generator):
-    """logprobs [B, V] -> sampled tokens [B, 1], the likeliest at temperature 0. UserError if they have diverged."""
+def draw_tokens(logprobs, temperature, noises):
+    """logprobs [B, V], a random.Random per row -> sampled tokens [B, 1], the likeliest at temperature 0.
+
+    A row takes one number of its own noise and nothing else, so that a batch does not change what its rows sample.
+    Raises UserError if the log-probs have diverged.
+    """
     if temperature == 0:
         return logprobs.argmax(-1, keepdim=True)
-    try:
-        return torch.multinomial(logprobs.exp(), 1, generator=generator)
-    except RuntimeError as error:
-        raise UserError(f"No token can be sampled ({first_sentence(error)} The weights have diverged, or --temperature "
-                        f"{temperature} is too small: lower --lr, or raise it.") from error
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # [B, V]
+    total = cumulative[:, -1:]
+    if not torch.isfinite(total).all():
+        raise UserError("No token can be sampled, as the model's log-probs are not finite: the weights have diverged "
+                        f"(lower --lr), or --temperature {temperature} is too small (raise it).")
+    drawn = torch.tensor([[noise.random()] for noise in noises], dtype=torch.float64, device=logprobs.device)
+    return torch.searchsorted(cumulative, drawn * total, right=True).clamp(max=logprobs.shape[-1] - 1)
 
 
 def empty_cache(model):

@@ -307,6 +307,18 @@ def build_goals(products, prices, human_goals, rng):
     return goals
 
 
+VAL_GOALS = 500                          # the first 500 official goals of the fixed order are held out
+
+
+def split_goals(goals, held_out):
+    """{split: indices of its goals}: by product where some are held out, else the first 500 goals or half are "val"."""
+    if held_out:
+        return {split: [number for number, goal in enumerate(goals) if (goal["asin"] in held_out) == (split == "val")]
+                for split in ("val", "train")}
+    first_train = VAL_GOALS if len(goals) >= 2 * VAL_GOALS else len(goals) // 2
+    return {"val": range(first_train), "train": range(first_train, len(goals))}
+
+
 def weighted_goal(goals, rng):
     """The index of the goal that the original plays when none is asked for.
 
@@ -630,9 +642,16 @@ def _load_game(path, stamp):
     return parse_game(read_json_file(path, dict), str(path), read_task_type(path))
 
 
+class Games(NamedTuple):
+    """The games of a split."""
+    paths: list                          # in order
+    types: list                          # task type of each
+    skipped: dict                        # {reason: number of folders left out}
+
+
 @functools.lru_cache(maxsize=16)
 def find_games(data, split):
-    """(paths of a split's games in order, {reason: number of folders left out}); the official loader's rules.
+    """A split's `Games` by the official loader's rules.
 
     It leaves out movable receptacles and sliced objects, and whatever has no game file, another type or no solution.
     """
@@ -641,14 +660,14 @@ def find_games(data, split):
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}; the official layout is "
                                 f"json_2.1.1/{{{','.join(ALFWORLD_SPLITS)}}}/**/game.tw-pddl.")
-    games, skipped = [], Counter()
+    games, types, skipped = [], [], Counter()
     for parent in sorted({path.parent for name in ("game.tw-pddl", "traj_data.json") for path in folder.rglob(name)}):
         inside, game = str(parent.relative_to(folder)), parent / "game.tw-pddl"
         if not (parent / "traj_data.json").exists():
             skipped["no traj_data.json"] += 1
         elif "movable" in inside or "Sliced" in inside:
             skipped["movable or sliced"] += 1
-        elif read_task_type(game) == "unknown":
+        elif (task_type := read_task_type(game)) == "unknown":
             skipped["other task type"] += 1
         elif not game.exists():
             skipped["no game.tw-pddl"] += 1
@@ -656,10 +675,11 @@ def find_games(data, split):
             skipped["not solvable"] += 1
         else:
             games.append(str(game))
+            types.append(task_type)
     if not games:
         left_out = ", ".join(f"{number} {reason}" for reason, number in skipped.items()) or "none were found"
         raise ValueError(f"{folder} holds no playable game (left out: {left_out}); give a folder with at least one.")
-    return games, dict(skipped)
+    return Games(games, types, dict(skipped))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -104,6 +104,43 @@ def test_answers_are_split_and_compared_prompts_show_what_is_given_and_examples_
     assert doctest.testmod(envs).failed == 0 < doctest.testmod(envs).attempted
 
 
+@each
+def test_an_invalid_action_changes_nothing_that_is_seen(name):
+    env, rng = envs.make(name), random.Random(0)
+    oddities = ["", " ", "no action", "search[]", "click[]", "click[search]", "click[no such thing]", "go to moon 1",
+                "take lamp 1", "<search>", "<answer>", "think[x]", "click buy now", "search", "[", "]"]
+    for task_id in range(6):
+        *_, info = ask(env, task_id, "train")
+        for _ in range(4):
+            for action in oddities:
+                seen = env.clickables[:] if name == "webshop" else info["admissible"]
+                *_, ended, _, after = env.step(action)
+                assert not after["valid"] and not ended and not after["won"], action
+                assert after["admissible"] == info["admissible"]
+                assert seen == (env.clickables if name == "webshop" else after["admissible"])
+                env.steps = env.turns = 0  # room for more
+            *_, info = env.step(env.demonstrate(rng)[1] if name != "search" else "<search> Lisbon </search>")
+            env.steps = env.turns = 0
+            if info["won"]:
+                break
+
+
+def test_texts_that_look_alike_are_equal_and_brackets_in_texts_are_no_buttons(official):
+    env = envs.WebShop(official)
+    product = next(product for product in env.products.values() if product["options"])
+    name = next(iter(product["options"]))
+    page = envs.webshop_page("Instruction: [SEP] x [SEP] Back to Search [SEP] [2 Pack] Night light [SEP] caf\u00e9",
+                             ["click[back to search]", "click[caf\u00e9]"])
+    assert page == "[back to search]\n(2 Pack) Night light [caf\u00e9]"
+    for own, typed in [("cafe\u0301", "caf\u00e9"), ("caf\u00e9", "cafe\u0301"), ("\u1100\u1161", "\uac00")]:
+        env.page, env.asin, env.options, env.clickables = "item", product["asin"], {}, [own]
+        env.goal = env.goals[0]
+        env.products = {product["asin"]: product | {"options": {name: [own]}}}
+        assert env.step(f"click[{typed}]")[-1]["valid"] and env.options == {name: own}
+        assert envs.count_options({name: own}, [typed]) == envs.count_options({name: typed}, {name: own}) == 1
+        assert envs.count_attributes(product | {"Attributes": [], "Title": own}, [typed]) == 1
+
+
 @pytest.mark.parametrize("kind", ["synthetic", "human"])
 def test_products_prices_goals_draws_and_splits_are_those_of_the_original(official, kind, monkeypatch):
     loaded, recorded = golden("webshop/loader"), golden("webshop/goals")[kind]

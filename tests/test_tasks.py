@@ -3,6 +3,7 @@ import hashlib
 import json
 import random
 import re
+from operator import itemgetter
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -65,6 +66,22 @@ def demonstrations_of(name):
 def test_tasks_demonstrations_and_prompts_are_those_of_the_bundled_model(name):
     texts = [json.dumps(make(name), default=sorted) for make in (tasks_of, demonstrations_of)]
     assert [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts] == CASES["digests"][name]
+
+
+def test_validation_asks_for_products_that_neither_training_nor_the_bundled_models_cloning_has_seen():
+    catalogue, env = generated.webshop_catalogue(), envs.WebShop()
+    cloned = [item for item in catalogue.items if item["asin"] not in catalogue.held_out]
+    cloned.sort(key=itemgetter("asin"))
+    told = [cloned, {item["asin"]: catalogue.attributes[item["asin"]] for item in cloned},
+            {asin: request for asin, request in sorted(catalogue.human.items()) if asin not in catalogue.held_out}]
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    assert digest.startswith("a3926f595c76fdb9")  # of the whole catalogue that the bundled model was cloned on
+    val, train = ([env.goals[number] for number in env.splits[split]] for split in ("val", "train"))
+    request = lambda goal: goal["instruction_text"].split(", and price")[0]
+    for part in (itemgetter("asin"), request):
+        assert not set(map(part, val)) & set(map(part, train))
+    assert {goal["asin"] for goal in val} <= catalogue.held_out and len(val) > 2000 and len(train) > 6000
+    assert set(envs.WebShop(human_goals=True).types_of("val")) == set(env.types_of("val")) == set(env.task_types)
 
 
 @each
