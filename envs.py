@@ -6,12 +6,10 @@ truncated, info). A task is a pure function of (data, split, task_id). Every `in
 (whether the last action did something), `won` and `score`. Nothing random is drawn outside the environment's own
 generators. For each environment there follow its prompt, its parser, its rules and its class.
 """
-import argparse
 import functools
 import json
 import random
 import re
-import sys
 import unicodedata
 import warnings
 from collections.abc import Callable
@@ -22,7 +20,7 @@ import gymnasium
 import numpy as np
 from rapidfuzz import fuzz, utils
 
-from lib import experts
+from lib import experts, server
 from lib.generated import SEARCH_TYPES, bundled_corpus, game_types, generate_game, search_questions, webshop_catalogue
 from lib.official import (
     ALFWORLD_SPLITS,
@@ -60,7 +58,6 @@ from lib.retrieval import (
     corpus_search,
     product_document,
     read_corpus,
-    search_server,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1198,6 +1195,9 @@ ENVIRONMENTS = {"webshop": WebShop, "alfworld": ALFWorld, "search": SearchQA}
 MAX_TURNS = {"webshop": WEBSHOP_MAX_STEPS, "alfworld": ALFWORLD_MAX_STEPS, "search": SEARCH_MAX_TURNS}
 # (task, history, observation, admissible, skills) -> the user message of a turn
 PROMPTS = {"webshop": webshop_prompt, "alfworld": alfworld_prompt, "search": search_prompt}
+# (observation, admissible) -> the observation as that message has it
+READABLE = {"webshop": webshop_page, "alfworld": lambda observation, admissible: alfworld_scene(observation),
+            "search": lambda observation, admissible: observation.strip()}
 PARSERS = {"webshop": parse_webshop, "alfworld": parse_alfworld, "search": parse_search}
 gymnasium.register(id="sdar/WebShop-v0", entry_point=WebShop)
 gymnasium.register(id="sdar/ALFWorld-v0", entry_point=ALFWorld)
@@ -1223,28 +1223,5 @@ def parse_action(env_name, text, *, official=False):
     return PARSERS[env_name](text, official=official)
 
 
-def main(argv=None):
-    """`python envs.py serve-search`: the bundled passages, or those of a file, behind POST /retrieve."""
-    parser = argparse.ArgumentParser(description="Serves Search-QA's retriever: BM25 over passages, POST /retrieve.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "serve-search", help="serve passages until Ctrl-C", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    command.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any free one")
-    command.add_argument("--corpus", help='JSONL file of {"id", "contents"}; without it the bundled facts')
-    command.add_argument("--topk", type=int, default=3, help="passages for a request that asks for no number")
-    args = parser.parse_args(argv)
-    try:
-        corpus = read_corpus(args.corpus) if args.corpus else bundled_corpus()
-        server = search_server(corpus, args.host, args.port, args.topk)
-    except (OSError, ValueError, OverflowError) as error:
-        sys.exit(f"error: cannot serve on {args.host}:{args.port}: {error}")
-    with server:
-        print(f"Serving at http://{args.host}:{server.server_port}/retrieve, until Ctrl-C.", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print()
-
-
 if __name__ == "__main__":
-    main()
+    server.main()  # python envs.py serve-search

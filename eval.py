@@ -27,6 +27,7 @@ adds noise of its own.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -35,10 +36,11 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-from tqdm import tqdm
 
+import envs
 import sdar
 from lib import runs
+from lib.episodes import episode_lines, episodes_beside, show
 from lib.runs import UserError
 from lib.settings import add_options
 from lib.tasks import evaluation_set_hash
@@ -176,16 +178,19 @@ def evaluation_config(model, explicit):
     return cfg
 
 
-def play(policy, cfg, environments, tasks, repeats, skills, bar):
-    """sdar.rollout over the tasks, `repeats` times, each with its own seed -> a JSON-ready dict per episode."""
-    outcomes = []
+def play(policy, cfg, environments, tasks, repeats, skills, condition):
+    """sdar.rollout over the tasks, `repeats` times, each with its own seed -> (a JSON-ready dict per episode, the
+    episodes as lines of a file)."""
+    outcomes, lines = [], []
     for repeat in range(repeats):
         episodes = sdar.rollout(policy, environments, tasks, cfg, temperature=cfg.eval_temperature, skills=skills,
-                                seed=cfg.seed + 1_000_003 * repeat, progress=bar)
+                                seed=cfg.seed + 1_000_003 * repeat, doing=CONDITIONS[condition])
         outcomes += [{"task_id": e.task.task_id, "task_type": e.task_type, "repeat": repeat, "won": bool(e.won),
                       "score": float(e.score), "turns": len(e.turns), "invalid": sum(not t.valid for t in e.turns),
                       "done": bool(e.done)} for e in episodes]
-    return outcomes
+        lines += episode_lines(policy.chat, envs.READABLE[cfg.env], episodes, skills=skills, condition=condition,
+                               repeat=repeat)
+    return outcomes, lines
 
 
 def free_to_write(out, settings):
@@ -226,9 +231,9 @@ def evaluate(model, options):
     policy = sdar.load_policy(dataclasses.replace(cfg, kl_coef=0.0, teacher="none"))  # so no reference model either
     environments = [env] + [sdar.make_env(cfg) for _ in tasks[1:]]
     print(headline(settings))
-    with tqdm(total=len(tasks) * repeats * len(conditions), unit="episode", leave=False, disable=None) as bar:
-        outcomes = {name: play(policy, cfg, environments, tasks, repeats, skills if name == "with" else None, bar)
-                    for name in conditions}
+    played = {name: play(policy, cfg, environments, tasks, repeats, skills if name == "with" else None, name)
+              for name in conditions}
+    outcomes = {name: some for name, (some, _) in played.items()}
     summary = {name: summarise(outcomes[name]) for name in conditions}
     for name in conditions:
         print_table(CONDITIONS[name], summary[name])
@@ -236,17 +241,18 @@ def evaluate(model, options):
         summary["with - without"] = difference(outcomes["with"], outcomes["without"])
         print_difference("with - without skills", summary["with - without"])
     result = {"format": FORMAT, **settings, "provenance": runs.provenance(sdar.__version__), "summary": summary,
-              "outcomes": outcomes}
-    write_result(out, result)
+              "episodes": episodes_beside(out).name, "outcomes": outcomes}
+    write_result(out, result, itertools.chain(*(lines for _, lines in played.values())))
     return result
 
 
-def write_result(out, result):
+def write_result(out, result, lines):
     try:
+        episodes_beside(out).write_text("".join(lines))
         out.write_text(json.dumps(result, indent=1))
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another file with --out.") from error
-    print(f"\nsaved in {out}")
+    print(f"\nsaved in {out}; read its episodes: python eval.py --show {out} --lost")
 
 
 def headline(result):
@@ -302,6 +308,9 @@ def parse_args(argv):
     parser.add_argument("model", nargs="?", default=None,
                         help="a checkpoint, tiny, a model folder, or a name that transformers loads")
     parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two result files instead")
+    parser.add_argument("--show", metavar="RUN", help="print the episodes of a run's last step, or of a result file")
+    parser.add_argument("--step", type=int, help="with --show: the training step whose episodes are printed")
+    parser.add_argument("--lost", action="store_true", help="with --show: only the episodes that were lost")
     parser.add_argument("--condition", choices=("both", *CONDITIONS), help="skills in the prompt (default both ways)")
     parser.add_argument("--temperature", "--eval_temperature", dest="eval_temperature", type=float,
                         help=f"0 is greedy (default {sdar.Config.eval_temperature})")
@@ -312,10 +321,12 @@ def parse_args(argv):
     parser.add_argument("--out", help="result file (default: eval.json in a checkpoint, else eval-<model>-<env>.json)")
     add_options(parser, sdar.Config, set(FLAGS) - {*SAMPLING}, sdar.TABLES)
     options = vars(parser.parse_args(argv))
-    if "compare" in options and (options["model"] or len(options) > 2):
-        raise UserError("--compare A.json B.json stands alone: leave the model and every other option out.")
-    if "compare" not in options and options["model"] is None:
-        raise UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-30, ...), or --compare A.json B.json.")
+    given = {name for name, value in options.items() if value is not None}
+    for name, others in {"compare": set(), "show": {"step", "lost"}}.items():
+        if name in given and given - others - {name} or name not in given and given & others:
+            raise UserError(f"--{' and --'.join([name, *sorted(others)])} stand alone: leave every other option out.")
+    if not given & {"compare", "show", "model"}:
+        raise UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-30), --compare A B, or --show RUN.")
     if options.get("retrieval") == "none":
         raise UserError("--retrieval none shows no skills: use --condition without.")
     return options
@@ -325,6 +336,8 @@ def command(argv):
     options = parse_args(argv)
     if "compare" in options:
         compare(*options["compare"])
+    elif "show" in options:
+        show(options["show"], options.get("step"), options.get("lost", False))
     else:
         evaluate(options["model"], options)
 

@@ -49,7 +49,8 @@ import torch
 
 import envs
 import kernels
-from lib import models, runs
+from lib import models, progress, runs
+from lib.episodes import episode_lines, write_step
 from lib.runs import UserError, mean
 from lib.settings import add_options, check_value, check_values, option
 from lib.skills import read_skills
@@ -213,7 +214,7 @@ class Config:
                                      at_least=0)
     out: str | None = option(None, "run folder; default: the first free of runs/<env>-<method>-<seed>, ...-2, ...-3")
     save_every: int = option(10, "steps between checkpoints", at_least=1)
-    episodes_every: int = option(10, "steps between dumps of whole episodes", at_least=1)
+    episodes_every: int = option(10, "steps between dumps of episodes, besides those of the last step", at_least=1)
     report_to: str = option("none", "also send metrics to", choices=("none", "wandb", "tensorboard"))
 
 
@@ -549,6 +550,7 @@ def sample_batch(policy, prompts, cfg, temperature, noises):
     tokens, logps = [[] for _ in prompts], [[] for _ in prompts]
     stops = ["length"] * len(prompts)
     for number in range(cfg.max_response_tokens):
+        progress.tell(f"{len(alive)} answers, token {number + 1}/{cfg.max_response_tokens}")
         logprobs = (logits / (temperature or 1.0)).log_softmax(-1)  # [B, V]
         token = models.draw_tokens(logprobs, temperature, [noises[row] for row in alive.tolist()])  # [B, 1]
         chosen = logprobs.gather(1, token)[:, 0]
@@ -611,16 +613,23 @@ class Running:
     name: str = ""  # of the episode, the same in every run
 
 
-def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, seed=0, progress=None):
+def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, seed=0, doing="rollout"):
     """Plays tasks[i] in environments[i], all side by side -> list of Episode, in the order of tasks.
 
     temperature: None for cfg.temperature, 0 for greedy. skills: None, or {task type: text} that the student sees too.
-    Finished episodes stop generating. Raises UserError naming task and action if an environment raises.
+    Finished episodes stop generating. doing: what the progress bar calls it. Raises UserError naming task and action if
+    an environment fails.
     """
     temperature = cfg.temperature if temperature is None else temperature
     running = [start_episode(cfg, task, env) for task, env in zip(tasks, environments)]
     number_episodes(running)
-    episodes = [r.episode for r in running]
+    with progress.bar(doing, len(running) * cfg.max_turns, "turn"):
+        play(policy, running, cfg, temperature, skills, seed)
+    return [r.episode for r in running]
+
+
+def play(policy, running, cfg, temperature, skills, seed):
+    """Turn by turn, until every episode is over or out of turns."""
     for turn_number in range(cfg.max_turns):
         prompts = [turn_prompt(policy.chat, cfg, r, skills) for r in running]  # of (context, ids)
         noises = [random.Random(f"{seed} {r.name} {turn_number}") for r in running]
@@ -628,12 +637,11 @@ def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, 
         turns = [read_response(policy.chat, cfg, *prompt, response) for prompt, response in zip(prompts, responses)]
         for r, turn, result in zip(running, turns, step_all(cfg, running, turns)):
             record_turn(cfg, r, turn, result)
-        if progress:
-            progress.update(sum(r.over for r in running))
+        over = sum(r.over for r in running)
+        progress.advance(len(running) + over * (cfg.max_turns - turn_number - 1))
         running = [r for r in running if not r.over]
         if not running:
             break
-    return episodes
 
 
 def number_episodes(running):
@@ -896,7 +904,7 @@ def train_step(policy, optimizer, rows, cfg, step):
     parts = [rows[i:i + size] for i in range(0, len(rows), size)]
     total, gaps = defaultdict(float), {}
     policy.model.train(cfg.recompute)  # transformers recomputes activations in train mode only
-    with runs.all_or_nothing(policy.model, optimizer, copy=len(parts) > 1):
+    with runs.all_or_nothing(policy.model, optimizer, copy=len(parts) > 1), progress.bar("update", len(rows), "row"):
         for part in parts:
             num_tokens = sum(len(row.response_ids) for row in part)
             optimizer.zero_grad(set_to_none=True)
@@ -904,6 +912,7 @@ def train_step(policy, optimizer, rows, cfg, step):
                 loss, metrics, some_gaps = step_loss(policy, cfg, micro_batch, num_tokens, frozen)
                 loss.backward()
                 gaps |= some_gaps
+                progress.advance(len(list(itertools.chain(*micro_batch))))
                 for name, value in metrics.items():
                     total[name] += float(value) / len(parts)
             total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, lr, cfg) / len(parts)
@@ -972,9 +981,8 @@ def learn(policy, optimizer, environments, skills, cfg, run):
             rows, metrics = make_rows(policy, cfg, episodes, skills)
             trained, gaps = train_step(policy, optimizer, rows, cfg, step)
             metrics |= trained | runs.episode_metrics(episodes, [episode_return(cfg, e) for e in episodes])
-            if step % cfg.episodes_every == 0:
-                path = run.folder / "episodes" / f"step-{step:05d}.jsonl"
-                runs.dump_episodes(path, policy.chat.tokenizer, episodes, rows, gaps)
+            write_step(run.folder, step, cfg.episodes_every, episode_lines(
+                policy.chat, envs.READABLE[cfg.env], episodes, skills=skills, rows=rows, gaps=gaps))
             now = time.perf_counter()
             metrics |= {"time/rollout": rolled - start, "time/update": now - rolled, "time/step": now - start,
                         "mem/peak_gb": runs.peak_memory_gb(policy.device)}
@@ -986,13 +994,13 @@ def learn(policy, optimizer, environments, skills, cfg, run):
 def evaluate(policy, cfg, environments, run):
     """Plays the evaluation set, sampled and greedy, without skills, and logs it; draws curve.png."""
     tasks = evaluation_tasks(cfg, environments[0])
-    sampled, greedy = (rollout(policy, environments, tasks, cfg, temperature=temperature, seed=cfg.seed)
-                       for temperature in (cfg.eval_temperature, 0))
+    sampled, greedy = (rollout(policy, environments, tasks, cfg, temperature=temperature, seed=cfg.seed, doing=doing)
+                       for temperature, doing in [(cfg.eval_temperature, "evaluation"), (0, "greedy evaluation")])
     by_type = defaultdict(list)
     for e in sampled:
         by_type[f"eval/success/{e.task_type}"].append(e.won)
     metrics = {"eval/success": mean(e.won for e in sampled), "eval/score": mean(e.score for e in sampled),
-               "eval/greedy_success": mean(e.won for e in greedy), 
+               "eval/greedy_success": mean(e.won for e in greedy),
                "eval/errors": sum(e.errors for e in sampled + greedy),
                **{name: mean(won) for name, won in sorted(by_type.items())}}
     run.log(run.step, metrics, f"evaluation after step {run.step}: success {metrics['eval/success']:.3f} at T="

@@ -406,7 +406,7 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
 
 
-# --------------------------------------------------------------------------------------------------- pictures and dumps
+# ------------------------------------------------------------------------------------------------------------- pictures
 
 def plot_curve(run, cfg):
     """<run>/curve.png: success by step on the evaluation set, sampled and greedy, and of the training rollouts."""
@@ -431,26 +431,3 @@ def plot_curve(run, cfg):
     figure.tight_layout()
     figure.savefig(run / "curve.png", dpi=120)
     pyplot.close(figure)
-
-
-def dump_episodes(path, tokenizer, episodes, rows, gaps):
-    """Whole episodes as JSON lines. rows: those of all turns in order; gaps: {row: (gap, gate)}, lists per token."""
-    rows = iter(rows)
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "w") as file:
-        for episode in episodes:
-            turns = [dump_turn(tokenizer, turn, next(rows), gaps) for turn in episode.turns]
-            whole = {"split": episode.task.split, "task_id": episode.task.task_id, "task_type": episode.task_type,
-                     "task": episode.turns[0].context.task, "won": episode.won, "score": episode.score,
-                     "done": episode.done, "turns": turns}
-            file.write(json.dumps(whole, ensure_ascii=False) + "\n")
-
-
-def dump_turn(tokenizer, turn, row, gaps):
-    entry = {"observation": turn.context.observation, "text": turn.text, "action": turn.action, "valid": turn.valid,
-             "stop": turn.response.stop, "tokens": tokenizer.convert_ids_to_tokens(list(turn.response.ids)),
-             "logp": [round(x, 4) for x in turn.response.logp], "advantage": row.advantage}
-    if row in gaps:
-        gap, gate = gaps[row]
-        entry |= {"gap": [round(x, 4) for x in gap], "gate": [round(x, 4) for x in gate]}
-    return entry

@@ -21,7 +21,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import envs
-from lib import experts, retrieval
+from lib import experts, retrieval, server
 from lib import official as data
 from lib.generated import bundled_corpus
 
@@ -91,7 +91,8 @@ def test_wrong_calls_are_refused_in_one_sentence(name):
     for options, words in CASES["options"]:
         refused(words, env.reset, options=options)
     for function, arguments, words in CASES["arguments"]:
-        refused(words, getattr(envs, function), **arguments, kind=(ValueError, FileNotFoundError, SystemExit))
+        refused(words, getattr(server if function == "main" else envs, function), **arguments,
+                kind=(ValueError, FileNotFoundError, SystemExit))
 
 
 def test_answers_are_split_and_compared_prompts_show_what_is_given_and_examples_in_docstrings_are_true():
@@ -127,6 +128,7 @@ def test_an_invalid_action_changes_nothing_that_is_seen(name):
 
 def test_texts_that_look_alike_are_equal_and_brackets_in_texts_are_no_buttons(official):
     env = envs.WebShop(official)
+    ask(env)
     product = next(product for product in env.products.values() if product["options"])
     name = next(iter(product["options"]))
     page = envs.webshop_page("Instruction: [SEP] x [SEP] Back to Search [SEP] [2 Pack] Night light [SEP] caf\u00e9",
@@ -134,7 +136,6 @@ def test_texts_that_look_alike_are_equal_and_brackets_in_texts_are_no_buttons(of
     assert page == "[back to search]\n(2 Pack) Night light [caf\u00e9]"
     for own, typed in [("cafe\u0301", "caf\u00e9"), ("caf\u00e9", "cafe\u0301"), ("\u1100\u1161", "\uac00")]:
         env.page, env.asin, env.options, env.clickables = "item", product["asin"], {}, [own]
-        env.goal = env.goals[0]
         env.products = {product["asin"]: product | {"options": {name: [own]}}}
         assert env.step(f"click[{typed}]")[-1]["valid"] and env.options == {name: own}
         assert envs.count_options({name: own}, [typed]) == envs.count_options({name: typed}, {name: own}) == 1

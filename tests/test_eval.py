@@ -158,8 +158,8 @@ def run_folder(model_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("argv, why", [
-    ((), "Give a model"), (("tiny", "--compare", "a", "b"), "stands alone"),
-    (("--compare", "a", "b", "--seed", "1"), "stands alone"), (("tiny", "--repeats", "0"), "--repeats"),
+    ((), "Give a model"), (("tiny", "--compare", "a", "b"), "stand alone"),
+    (("--compare", "a", "b", "--seed", "1"), "stand alone"), (("tiny", "--repeats", "0"), "--repeats"),
     (("tiny", "--repeats", "2", "--temperature", "0"), "--repeats"), (("tiny", "--temperature", "-1"), "temperature"),
     (("tiny", "--tasks", "1000000"), "tasks"), (("tiny", "--retrieval", "none"), "--condition without"),
     (("tiny", "--tasks", "2", "--split", "moon"), "moon"), (("./nowhere",), "nowhere"),
@@ -206,6 +206,40 @@ def test_an_evaluation_writes_every_episode_and_can_be_repeated_but_not_overwrit
     (tmp_path / "notes.txt").write_text("mine")
     refused(evaluation.main, [*command, "--out", str(tmp_path / "notes.txt")], "not a JSON file", capsys)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_episodes_can_be_read_turn_by_turn_as_the_model_saw_them(run_folder, tmp_path, capsys):
+    out = tmp_path / "e.json"
+    assert evaluation.main(["tiny", "--tasks", "6", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    played = [json.loads(line) for line in (tmp_path / result["episodes"]).read_text().splitlines()]
+    assert [e["condition"] for e in played] == ["without"] * 6 + ["with"] * 6
+    for episode, outcome in zip(played, result["outcomes"]["without"] + result["outcomes"]["with"]):
+        assert {name: episode[name] for name in ("task_id", "won", "score")} == {
+            name: outcome[name] for name in ("task_id", "won", "score")}
+        for turn in episode["turns"]:
+            assert turn["observation"] in turn["prompt"] and episode["task"] in turn["prompt"]
+            assert episode["skills"] in turn["prompt"] and bool(episode["skills"]) == (episode["condition"] == "with")
+            assert "[SEP]" not in turn["observation"] and turn["prompt"].startswith("<|im_start|>")
+    capsys.readouterr()
+    assert evaluation.main(["--show", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert all(turn["text"] in text and turn["observation"] in text for e in played for turn in e["turns"])
+    assert evaluation.main(["--show", str(out), "--lost"]) == 0
+    assert capsys.readouterr().out.count("--- episode") == sum(not e["won"] for e in played) < text.count("--- episode")
+    last = max((run_folder / "episodes").iterdir())
+    assert evaluation.main(["--show", str(run_folder)]) == 0
+    seen = capsys.readouterr().out
+    step = str(int(last.stem.removeprefix("step-")))
+    assert evaluation.main(["--show", str(run_folder), "--step", step]) == 0
+    assert capsys.readouterr().out == seen and "mean gap" in seen
+    trained = json.loads(last.read_text().splitlines()[0])
+    assert trained["skills"] and trained["turns"][0]["gap"]
+    for argv, why in [(["--show", str(run_folder), "--step", "77"], "no episodes of step 77; it has those of"),
+                      (["--show", "nowhere"], "nowhere"), (["--show", str(out), "--step", "1"], "is a file"),
+                      (["--show", str(run_folder / "metrics.jsonl")], "is not a file of episodes"),
+                      (["tiny", "--lost"], "stand alone"), (["tiny", "--show", "x"], "stand alone")]:
+        refused(evaluation.main, argv, why, capsys)
 
 
 def test_one_greedy_episode_per_task_is_that_of_the_training_loop(run_folder, tmp_path):

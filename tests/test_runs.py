@@ -223,7 +223,7 @@ BAD_INPUT = {
     "temperature zero": lambda t, m: ({"temperature": 0}, "--temperature"),
     "skills without general.md": lambda t, m: ({"skills": t}, "general.md"),
     "prompt limit too small": lambda t, m: ({"max_prompt_tokens": 20}, "--max_prompt_tokens"),
-    "too many evaluation tasks": lambda t, m: ({"eval_tasks": 501}, "--eval_tasks"),
+    "too many evaluation tasks": lambda t, m: ({"eval_tasks": 10**6}, "--eval_tasks"),
     "a flag without effect": lambda t, m: ({"method": "grpo", "gate_beta": 2}, "--gate_beta"),
     "exact divergence to an early teacher": lambda t, m: ({"surrogate": "rkl", "teacher": "rollout"}, "--teacher"),
     "evaluation flags without evaluations": lambda t, m: ({"eval_every": 0}, "--eval_tasks"),

@@ -1,0 +1,122 @@
+"""Episodes as files and as text in the terminal: what the agent was shown, what it said, and what came of it.
+
+A file has a JSON line per episode: split, task_id, task_type, task, won, score, done, `skills` (the text that the
+teacher saw, or that the student saw in an evaluation with skills), and turns: the prompt as the model saw it, the
+observation in it, text, action, valid, stop, tokens and their logp. Those of a training step also have advantage and,
+with a teacher, the gap and gate of each token.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from lib.runs import UserError, first_sentence
+
+
+def episode_lines(chat, readable, episodes, *, skills=None, rows=(), gaps=(), **more):
+    """Yields each episode as a JSON line.
+
+    readable: (observation, admissible) -> the observation as prompts have it. skills: {task type: text}, or None. rows:
+    those of all turns in order, or none; gaps: {row: (gap, gate)}, lists per token. more: what else is to be noted.
+    """
+    rows = iter(rows)
+    for episode in episodes:
+        turns = [turn_entry(chat, readable, turn, next(rows, None), gaps) for turn in episode.turns]
+        whole = {"split": episode.task.split, "task_id": episode.task.task_id, "task_type": episode.task_type,
+                 "task": episode.turns[0].context.task, "won": bool(episode.won), "score": float(episode.score),
+                 "done": bool(episode.done), "skills": skills[episode.task_type] if skills else "", "turns": turns}
+        yield json.dumps(more | whole) + "\n"  # in ASCII: a lone surrogate could not be written otherwise
+
+
+def turn_entry(chat, readable, turn, row, gaps):
+    observation = readable(turn.context.observation, turn.context.admissible)
+    entry = {"prompt": chat.tokenizer.decode(turn.prompt_ids), "observation": observation, "text": turn.text,
+             "action": turn.action, "valid": bool(turn.valid), "stop": turn.response.stop,
+             "tokens": chat.tokenizer.convert_ids_to_tokens(list(turn.response.ids)),
+             "logp": [round(x, 4) for x in turn.response.logp]}
+    if row is not None:
+        entry["advantage"] = row.advantage
+    if row in gaps:
+        gap, gate = gaps[row]
+        entry |= {"gap": [round(x, 4) for x in gap], "gate": [round(x, 4) for x in gate]}
+    return entry
+
+
+# ------------------------------------------------------------------------------------------------------ in a run folder
+
+def step_file(run, step):
+    return Path(run) / "episodes" / f"step-{step:05d}.jsonl"
+
+
+def steps_written(run):
+    """The steps whose episodes are in a run folder, ascending."""
+    names = (re.fullmatch(r"step-(\d+)\.jsonl", path.name) for path in (Path(run) / "episodes").glob("step-*.jsonl"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def write_step(run, step, every, lines):
+    """Writes the episodes of a step. Those of the last step are always there, of the others every so many steps."""
+    path = step_file(run, step)
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    if (step - 1) % every:
+        step_file(run, step - 1).unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------- for the eye
+
+def episodes_beside(result):
+    """The file with the episodes of a result of eval.py."""
+    return result.with_name(f"{result.stem}-episodes.jsonl")
+
+
+def find_episodes(source, step=None):
+    """A run folder, a result of eval.py or a file of episodes -> the file. Raises UserError if there is none."""
+    path = Path(source)
+    if path.is_dir():
+        steps = steps_written(path)
+        if not steps or step is not None and step not in steps:
+            raise UserError(f"{path} holds no episodes{'' if step is None else f' of step {step}'}; it has those of "
+                            f"{', '.join(map(str, steps)) or 'no step'}.")
+        return step_file(path, steps[-1] if step is None else step)
+    if step is not None:
+        raise UserError(f"--step goes with a run folder, and {path} is a file: leave it out.")
+    return episodes_beside(path) if path.suffix == ".json" else path
+
+
+def read_episodes(path):
+    """Yields the episodes of a file. Raises UserError if it cannot be read, or a line is not an episode."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                episode = json.loads(line)
+                if not isinstance(episode, dict) or not {"task", "won", "score", "turns"} <= episode.keys():
+                    raise ValueError("it lacks task, won, score or turns")
+                yield number, episode
+    except OSError as error:
+        raise UserError(f"The episodes in {path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a file of episodes: {first_sentence(error)}") from error
+
+
+def episode_text(number, episode):
+    """An episode turn by turn, to be printed."""
+    outcome = "won" if episode["won"] else "lost" if episode.get("done") else "lost, out of turns"
+    lines = [f"--- episode {number}: task {episode.get('task_id')} of {episode.get('split')}, "
+             f"{episode.get('task_type')}: {outcome}, score {episode['score']:g}"
+             + (f", {episode['condition']} skills" if "condition" in episode else ""), f"task: {episode['task']}"]
+    for count, turn in enumerate(episode["turns"], 1):
+        flaws = ["invalid"] * (not turn["valid"]) + ["cut off at the limit"] * (turn["stop"] == "length")
+        gap = turn.get("gap")
+        lines += [f"\n[{count}] {turn['observation']}",
+                  f"  > {turn['text']}" + (f"   ({', '.join(flaws)})" if flaws else "")
+                  + (f"   (mean gap {sum(gap) / len(gap):+.3f})" if gap else "")]
+    return "\n".join(lines) + "\n"
+
+
+def show(source, step=None, lost=False):
+    """Prints the episodes of a file, or the lost ones alone."""
+    for number, episode in read_episodes(find_episodes(source, step)):
+        if not (lost and episode["won"]):
+            print(episode_text(number, episode))
