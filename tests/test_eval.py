@@ -9,7 +9,7 @@ import pytest
 
 import eval as evaluation
 import sdar
-from conftest import config, refused
+from conftest import config, flags, refused
 from lib import runs
 
 
@@ -208,7 +208,7 @@ def test_an_evaluation_writes_every_episode_and_can_be_repeated_but_not_overwrit
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_episodes_can_be_read_turn_by_turn_as_the_model_saw_them(run_folder, tmp_path, capsys):
+def test_episodes_can_be_read_turn_by_turn_as_the_model_saw_them(model_folder, tmp_path, capsys):
     out = tmp_path / "e.json"
     assert evaluation.main(["tiny", "--tasks", "6", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
@@ -227,17 +227,17 @@ def test_episodes_can_be_read_turn_by_turn_as_the_model_saw_them(run_folder, tmp
     assert all(turn["text"] in text and turn["observation"] in text for e in played for turn in e["turns"])
     assert evaluation.main(["--show", str(out), "--lost"]) == 0
     assert capsys.readouterr().out.count("--- episode") == sum(not e["won"] for e in played) < text.count("--- episode")
-    last = max((run_folder / "episodes").iterdir())
-    assert evaluation.main(["--show", str(run_folder)]) == 0
-    seen = capsys.readouterr().out
-    step = str(int(last.stem.removeprefix("step-")))
-    assert evaluation.main(["--show", str(run_folder), "--step", step]) == 0
-    assert capsys.readouterr().out == seen and "mean gap" in seen
-    trained = json.loads(last.read_text().splitlines()[0])
+    run = tmp_path / "run"
+    assert sdar.main(flags(model_folder, run, steps=4, episodes_every=2)) == 0
+    assert sorted(path.name for path in (run / "episodes").iterdir()) == [f"step-0000{n}.jsonl" for n in (0, 2, 3)]
+    capsys.readouterr()
+    shown = [evaluation.main(["--show", str(run), *step]) or capsys.readouterr().out for step in ([], ["--step", "3"])]
+    assert shown[0] == shown[1] and "mean gap" in shown[0]
+    trained = json.loads((run / "episodes" / "step-00003.jsonl").read_text().splitlines()[0])
     assert trained["skills"] and trained["turns"][0]["gap"]
-    for argv, why in [(["--show", str(run_folder), "--step", "77"], "no episodes of step 77; it has those of"),
+    for argv, why in [(["--show", str(run), "--step", "77"], "no episodes of step 77; it has those of 0, 2, 3"),
                       (["--show", "nowhere"], "nowhere"), (["--show", str(out), "--step", "1"], "is a file"),
-                      (["--show", str(run_folder / "metrics.jsonl")], "is not a file of episodes"),
+                      (["--show", str(run / "metrics.jsonl")], "is not a file of episodes"),
                       (["tiny", "--lost"], "stand alone"), (["tiny", "--show", "x"], "stand alone")]:
         refused(evaluation.main, argv, why, capsys)
 

@@ -1,16 +1,26 @@
 """Generated tasks, which every version must make alike, and the scripted players, which win or lose them."""
+import dataclasses
 import hashlib
 import json
+import math
+import os
 import random
 import re
+import sys
+import time
 from operator import itemgetter
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import envs
-from lib import experts, generated, retrieval
+import sdar
+from conftest import config
+from lib import experts, generated, retrieval, tasks
 from lib.official import ALFWORLD_SPLITS, ALFWORLD_TYPES, APPLIANCES, is_true
 
 CASES = json.loads(Path(__file__).with_name("cases.json").read_text(encoding="utf-8"))
@@ -66,6 +76,90 @@ def demonstrations_of(name):
 def test_tasks_demonstrations_and_prompts_are_those_of_the_bundled_model(name):
     texts = [json.dumps(make(name), default=sorted) for make in (tasks_of, demonstrations_of)]
     assert [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts] == CASES["digests"][name]
+
+
+@each
+def test_the_evaluation_set_is_drawn_by_task_type_and_the_same_for_every_seed(name):
+    cfg = sdar.make_config({"env": name, "model": "tiny", "eval_tasks": 60})
+    env = sdar.make_env(cfg)
+    types, tasks = env.types_of(cfg.eval_split), sdar.evaluation_tasks(cfg, env)
+    assert len(types) == env.num_tasks(cfg.eval_split) and len({*tasks}) == 60
+    assert [kind for task in tasks if (kind := types[task.task_id]) != ask(env, task)["task_type"]] == []
+    for kind, share in Counter(types).items():
+        assert abs(sum(types[task.task_id] == kind for task in tasks) - 60 * share / len(types)) <= 1
+    assert sdar.evaluation_tasks(dataclasses.replace(cfg, seed=9, group_size=3), env) == tasks
+    whole = sdar.evaluation_tasks(dataclasses.replace(cfg, eval_tasks=0), env)
+    assert [task.task_id for task in whole] == list(range(len(types)))
+    with pytest.raises(sdar.UserError, match="0 plays all"):
+        sdar.evaluation_tasks(dataclasses.replace(cfg, eval_tasks=len(types) + 1), env)
+
+
+def ask(env, task):
+    return env.reset(options={"split": task.split, "task_id": task.task_id})[1]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.data())
+def test_every_type_gets_its_share_of_the_draw_and_at_least_one_task_if_there_is_room(sizes, data):
+    types = [str(kind) for kind, size in enumerate(sizes) for _ in range(size)]
+    count = data.draw(st.integers(1, len(types)))
+    drawn = Counter(types[number] for number in tasks.stratified(types, count))
+    assert sum(drawn.values()) == count == len(set(tasks.stratified(types, count)))
+    assert len(drawn) == len(sizes) or count < len(sizes)
+    if all(count * size >= len(types) for size in sizes):  # nobody needs the help
+        assert all(abs(drawn[str(kind)] - count * size / len(types)) < 1 for kind, size in enumerate(sizes))
+
+
+def test_a_human_goal_a_split_and_an_official_split_are_settings():
+    cfg = sdar.make_config({"human_goals": True, "eval_tasks": 0})
+    assert len(sdar.evaluation_tasks(cfg, sdar.make_env(cfg))) == 57
+    seen = sdar.make_config({"env": "alfworld", "eval_split": "valid_seen", "eval_tasks": 0})
+    assert len(sdar.evaluation_tasks(seen, sdar.make_env(seen))) == 140
+    assert sdar.make_config({"env": "alfworld"}).eval_split == "valid_unseen"
+    with pytest.raises(sdar.UserError, match="human_goals would do nothing"):
+        sdar.make_config({"env": "search", "human_goals": True})
+
+
+ANSWER = ("page", {"task": "t", "task_type": "grocery", "admissible": None, "valid": True, "won": False, "score": 0.0})
+
+
+class Odd(envs.WebShop):
+    """A shop that answers a step with whatever `act` returns."""
+    act = staticmethod(lambda: None)
+
+    def step(self, action):
+        return self.act()
+
+
+def info(**changes):
+    return "page", 0.0, False, False, {key: value for key, value in (ANSWER[1] | changes).items() if value is not ...}
+
+
+@pytest.mark.parametrize("act, why", [
+    (lambda: time.sleep(60), "TimeoutError: no answer within --env_timeout 0.3 seconds"),
+    (lambda: [None for _ in iter(int, 1)], "no answer within --env_timeout 0.3 seconds"),
+    (lambda: sys.exit(3), "SystemExit: 3"), (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+    (lambda: (os.chdir("/"), info())[1], "it changed the working directory to /, where nothing would be found"),
+    (lambda: None, "it returned None instead of a tuple of 5 values"), (lambda: ANSWER, "instead of a tuple of 5"),
+    (lambda: (b"page", *info()[1:]), "observation and info are bytes and dict"),
+    (lambda: (*info()[:4], [1]), "observation and info are str and list"),
+    (lambda: info(won=...), r"info\['won'\] is 'missing'"), (lambda: info(valid="yes"), r"info\['valid'\] is 'yes'"),
+    (lambda: info(task=None), r"info\['task'\] is None"), (lambda: info(admissible="look"), "'admissible'"),
+    (lambda: info(score=math.nan), "the score is nan instead of a finite number"),
+    (lambda: ("page", math.inf, *info()[2:]), "the reward is inf"), (lambda: ("page", "1", *info()[2:]), "the reward"),
+    (lambda: ("page", 0.0, "no", *info()[3:]), "terminated and truncated are")])
+def test_whatever_an_environment_does_wrong_is_one_sentence_that_names_the_task(policy, monkeypatch, act, why):
+    monkeypatch.setattr(Odd, "act", staticmethod(act))
+    folder, cfg = os.getcwd(), config(env_timeout=0.3)
+    with pytest.raises(sdar.UserError, match=f"task 7 of split 'train' .action .* in turn 1.: .*{why}") as error:
+        sdar.rollout(policy, [Odd()], [sdar.Task("train", 7, 0)], cfg)
+    assert os.getcwd() == folder and "\n" not in str(error.value)
+
+
+def test_an_answer_of_the_right_types_is_taken_as_it_is_numpys_included(policy, monkeypatch):
+    right = "page", np.float32(0), np.False_, True, ANSWER[1] | {"won": np.True_, "score": 1, "admissible": ("look",)}
+    monkeypatch.setattr(Odd, "act", staticmethod(lambda: right))
+    episode, = sdar.rollout(policy, [Odd()], [sdar.Task("train", 7, 0)], config(env_timeout=0.0))
+    assert (episode.won, episode.score, episode.done, len(episode.turns)) == (True, 1, False, 1)
 
 
 def test_validation_asks_for_products_that_neither_training_nor_the_bundled_models_cloning_has_seen():
