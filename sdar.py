@@ -45,8 +45,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import lib  # noqa: F401  before torch, whose threads wait as it says
-import torch
-
 import envs
 import kernels
 from lib import models, progress, runs
@@ -63,13 +61,17 @@ __version__ = "0.2.0"
 
 
 # ------------------------------------------------------------------------------------------------ advantages and losses
-# From here to the next ruler nothing but torch is used: copy the block into your own trainer as it stands.
+# From here to the next ruler nothing else is needed: copy the block into your own trainer as it stands.
+
+import torch  # noqa: E402
 
 def group_advantages(returns, groups, *, eps=1e-6):
-    """Eq. (1): returns [E] and integer group ids [E] -> advantages [E], normalised within each group.
+    """Eq. (1): returns [E], of any number type, and integer group ids [E] -> advantages [E], normalised within each
+    group. Each turn of episode i gets advantages[i]: advantages[owner], with the episode of each row in owner [B].
 
     The standard deviation is the unbiased one. A group of equal returns, or of one episode, gets exactly 0.
     """
+    returns = returns if returns.is_floating_point() else returns.float()
     advantages = torch.zeros_like(returns)
     for group in groups.unique():
         members = groups == group

@@ -625,9 +625,11 @@ def test_an_action_that_the_observation_does_not_offer_is_invalid_unless_the_che
 
 def test_the_block_of_losses_runs_in_an_empty_file():
     source = Path(sdar.__file__).read_text()
-    start = source.index("def group_advantages")
-    namespace = {"torch": torch}
-    exec(source[start:source.index("\n# -----", start)], namespace)
+    start = source.index("- advantages and losses\n")
+    exec(source[source.index("\n", start):source.index("\n# -----", start)], namespace := {})
+    for returns in ([10, 0, 10, 10], [True, False, True, True]):
+        advantages = namespace["group_advantages"](torch.tensor(returns), torch.tensor([0, 0, 1, 1]))
+        assert advantages.tolist() == pytest.approx([0.7071066, -0.7071066, 0, 0])
     logp, teacher, mask = (x.detach() for x in gap_example())
     assert namespace["sdar_loss"](logp, teacher, mask)[0] == sdar.sdar_loss(logp, teacher, mask)[0]
     assert {"group_advantages", "policy_loss", "kl_loss", "sdar_loss"} <= namespace.keys()
