@@ -629,7 +629,7 @@ def test_the_block_of_losses_runs_in_an_empty_file():
     exec(source[source.index("\n", start):source.index("\n# -----", start)], namespace := {})
     for returns in ([10, 0, 10, 10], [True, False, True, True]):
         advantages = namespace["group_advantages"](torch.tensor(returns), torch.tensor([0, 0, 1, 1]))
-        assert advantages.tolist() == pytest.approx([0.7071066, -0.7071066, 0, 0])
+        assert advantages.tolist() == pytest.approx([0.7071, -0.7071, 0, 0], abs=1e-4)
     logp, teacher, mask = (x.detach() for x in gap_example())
     assert namespace["sdar_loss"](logp, teacher, mask)[0] == sdar.sdar_loss(logp, teacher, mask)[0]
     assert {"group_advantages", "policy_loss", "kl_loss", "sdar_loss"} <= namespace.keys()
