@@ -49,7 +49,7 @@ import torch
 
 import envs
 import kernels
-from lib import models, runs
+from lib import health, models, runs
 from lib.runs import UserError, first_sentence, mean
 from lib.settings import Parser, add_options, changeable, changes, check_value, check_values, option
 
@@ -730,7 +730,7 @@ class Row:
 
 
 def episode_return(cfg, episode):
-    return 10.0 * (episode.score if cfg.reward == "score" else float(episode.won))
+    return 10.0 * (health.finite_score(episode.score, episode.task) if cfg.reward == "score" else float(episode.won))
 
 
 def make_rows(policy, cfg, episodes, skills):
@@ -909,7 +909,7 @@ def train_step(policy, optimizer, rows, cfg, step):
                 gaps |= some_gaps
                 for name, value in metrics.items():
                     total[name] += float(value) / len(parts)
-            total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, lr, cfg) / len(parts)
+            total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, lr, cfg, total) / len(parts)
     policy.model.eval()
     return dict(total), gaps
 
@@ -920,11 +920,10 @@ def learning_rate(cfg, step):
     return rate * (1 - step / cfg.steps) if cfg.lr_schedule == "linear" else rate
 
 
-def optimizer_step(model, optimizer, lr, cfg):
+def optimizer_step(model, optimizer, lr, cfg, metrics):
     """-> the gradient's norm before clipping. Raises UserError, and changes nothing, if it is not finite."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
-    if not math.isfinite(norm):
-        raise UserError(f"The gradient norm is {norm}: lower --lr, or use --dtype float32. This step changed nothing.")
+    health.check_finite(norm, model, metrics)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -957,7 +956,8 @@ def train(cfg, folder=None, checkpoint=None):
     else:
         folder, done = runs.create_run(cfg, __version__, f"{cfg.env}-{cfg.method}-{cfg.seed}"), 0
     head = policy.model.get_output_embeddings().weight
-    print(runs.headline(cfg, folder, policy, kernels.choose_backend("auto", head, head)), flush=True)
+    print(runs.headline(cfg, folder, policy, kernels.choose_backend("auto", head, head)) +
+          health.forecast(cfg, folder, policy), flush=True)
     with runs.Run(folder, policy.model, policy.chat.tokenizer, optimizer, cfg, done, "python sdar.py") as run:
         learn(policy, optimizer, environments, skills, cfg, run)
     print(runs.farewell(folder))

@@ -111,7 +111,7 @@ def shorten(text):
     return textwrap.shorten(text, 60) if len(text) > 60 and " " in text else text[:60] + "..." * (len(text) > 60)
 
 
-def reader(of_type):
+def number(of_type):
     """A function from a flag's text to its value; argparse puts the flag before what it complains about."""
     words = {int: "a whole number", float: "a number"}
 
@@ -141,7 +141,7 @@ def add_options(parser, kind, names=None, tables=()):
         shown += [f"{name} {values[field.name]}" for name, values in dict(tables).items() if field.name in values]
         text = field.metadata["help"] + (f" ({'; '.join(shown)})" if shown else "")
         how = {"action": argparse.BooleanOptionalAction} if of_type is bool else (
-            {"type": str if of_type is str else reader(of_type), "metavar": of_type.__name__.upper()})
+            {"type": str if of_type is str else number(of_type), "metavar": of_type.__name__.upper()})
         if field.metadata["choices"]:
             how["metavar"] = "|".join(field.metadata["choices"])
         groups[title].add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
