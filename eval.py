@@ -25,10 +25,8 @@ fixed seed), which needs a few dozen tasks. They hold for this checkpoint on tas
 adds noise of its own.
 """
 
-import argparse
 import dataclasses
 import itertools
-import json
 import math
 import sys
 from collections import defaultdict
@@ -41,12 +39,11 @@ import envs
 import sdar
 from lib import runs
 from lib.episodes import episode_lines, episodes_beside, show
+from lib.results import FORMAT, read_result, write_result
 from lib.runs import UserError
-from lib.settings import add_options
+from lib.settings import Parser, add_options, number
 from lib.tasks import evaluation_set_hash
 
-FORMAT = "sdar eval 2"  # marks result files, which have all of PARTS
-PARTS = {"model", "evaluation_set", "conditions", "sampling", "config", "summary", "outcomes"}
 Z = NormalDist().inv_cdf(0.975)
 RESAMPLES, BLOCK = 10_000, 100  # resamples of a bootstrap, and how many are held in memory at once
 
@@ -163,12 +160,11 @@ FLAGS = (*SETTINGS, *SAMPLING, "env_timeout", "rollout_batch", "device", "thread
 
 def evaluation_config(model, explicit):
     """Model and explicitly given settings -> Config: that of the run around a checkpoint, else sdar's defaults."""
-    folder, flags = Path(model).absolute(), explicit
+    flags, run = explicit, runs.settings_of(model, sdar.Config)
     explicit = {"eval_tasks": sdar.Config.eval_tasks, "eval_temperature": sdar.Config.eval_temperature,
                 "model": model} | explicit
-    if not runs.is_run(folder.parent):
+    if run is None:
         return sdar.make_config(explicit)
-    run = runs.read_settings(folder.parent, sdar.Config)
     if explicit.get("env", run.env) in set(sdar.FIELDS["env"].metadata["choices"]) - {run.env}:
         run = sdar.in_environment(run, explicit["env"])
     cfg = dataclasses.replace(run, **explicit)
@@ -222,7 +218,7 @@ def evaluate(model, options):
     tasks = sdar.evaluation_tasks(cfg, env)
     settings = {"model": model, "evaluation_set": evaluation_set_hash(env, tasks), "conditions": conditions,
                 "sampling": {"split": cfg.eval_split, "tasks": len(tasks), "repeats": repeats, "seed": cfg.seed,
-                             "temperature": cfg.eval_temperature}, "config": dataclasses.asdict(cfg)}
+                             "temperature": cfg.eval_temperature}, "config": runs.storable(cfg)}
     name = Path(model).absolute().name
     default = f"{model}/eval.json" if name.startswith("checkpoint-") else f"eval-{name}-{cfg.env}.json"
     out = Path(options.get("out", default))
@@ -235,29 +231,22 @@ def evaluate(model, options):
               for name in conditions}
     outcomes = {name: some for name, (some, _) in played.items()}
     summary = {name: summarise(outcomes[name]) for name in conditions}
+    if len(conditions) == 2:
+        summary["with - without"] = difference(outcomes["with"], outcomes["without"])
+    result = {"format": FORMAT, **settings, "provenance": runs.provenance(sdar.__version__), "summary": summary,
+              "episodes": episodes_beside(out).name, "outcomes": outcomes}
+    write_result(out, result, itertools.chain(*(lines for _, lines in played.values())))  # first: printing may fail
     for name in conditions:
         print_table(CONDITIONS[name], summary[name])
     if len(conditions) == 2:
-        summary["with - without"] = difference(outcomes["with"], outcomes["without"])
         print_difference("with - without skills", summary["with - without"])
-    result = {"format": FORMAT, **settings, "provenance": runs.provenance(sdar.__version__), "summary": summary,
-              "episodes": episodes_beside(out).name, "outcomes": outcomes}
-    write_result(out, result, itertools.chain(*(lines for _, lines in played.values())))
-    return result
-
-
-def write_result(out, result, lines):
-    try:
-        episodes_beside(out).write_text("".join(lines))
-        out.write_text(json.dumps(result, indent=1))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}): choose another file with --out.") from error
     print(f"\nsaved in {out}; read its episodes: python eval.py --show {out} --lost")
+    return result
 
 
 def headline(result):
     cfg, sampling = result["config"], result["sampling"]
-    tasks = f"data in {cfg['data']}" if cfg["data"] else "generated tasks, not the official ones"
+    tasks = f"data in {cfg['data']}" if cfg.get("data") else "generated tasks, not the official ones"
     how = f"T={sampling['temperature']:g}" if sampling["temperature"] else "greedy"
     episodes = f"{sampling['repeats']} episode{'s' * (sampling['repeats'] > 1)} per task"
     return (f"{result['model']} on {cfg['env']} ({tasks})\n{sampling['tasks']} tasks of {sampling['split']}, "
@@ -265,19 +254,6 @@ def headline(result):
 
 
 # ----------------------------------------------------------------------------------------------------------- comparison
-
-def read_result(path):
-    """A result file -> dict. Raises UserError if it cannot be read or this program did not write it."""
-    try:
-        result = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"The result file {path} cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a JSON file, so not a result of eval.py ({error}).") from error
-    if not isinstance(result, dict) or result.get("format") != FORMAT or PARTS - result.keys():
-        raise UserError(f"{path} was not written by this version of eval.py (format {FORMAT!r}).")
-    return result
-
 
 def compare(first_path, second_path):
     """Prints the paired difference of two result files per condition that both have -> {condition: difference(...)}."""
@@ -287,6 +263,11 @@ def compare(first_path, second_path):
         raise UserError(f"{first_path} and {second_path} were made on different evaluation sets "
                         f"({' and '.join(sets)}): only results on the same tasks can be compared.")
     shared = [name for name in first["conditions"] if name in second["conditions"]]
+    for name in shared:
+        played = [{outcome["task_id"] for outcome in side["outcomes"][name]} for side in (first, second)]
+        if played[0] != played[1]:
+            raise UserError(f"{first_path} and {second_path} have outcomes of different tasks ({CONDITIONS[name]}): "
+                            "evaluate one of them anew.")
     if not shared:
         raise UserError(f"{first_path} and {second_path} have no condition in common: evaluate both with the same one.")
     print(f"A  {first_path}: {headline(first)}\nB  {second_path}: {headline(second)}")
@@ -294,7 +275,7 @@ def compare(first_path, second_path):
     result = {}
     for name in shared:
         result[name] = difference(first["outcomes"][name], second["outcomes"][name])
-        rates = (side["summary"][name]["all"]["success"] for side in (first, second))
+        rates = (by_task(side["outcomes"][name], "won").mean() for side in (first, second))
         print_difference("A - B, {} (success {:.3f} and {:.3f})".format(CONDITIONS[name], *rates), result[name])
     return result
 
@@ -303,22 +284,25 @@ def compare(first_path, second_path):
 
 def parse_args(argv):
     """Command line -> {option: value} of what was given; `model` is always there, None if absent."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
-    parser.add_argument("model", nargs="?", default=None,
-                        help="a checkpoint, tiny, a model folder, or a name that transformers loads")
-    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two result files instead")
-    parser.add_argument("--show", metavar="RUN", help="print the episodes of a run's last step, or of a result file")
-    parser.add_argument("--step", type=int, help="with --show: the training step whose episodes are printed")
-    parser.add_argument("--lost", action="store_true", help="with --show: only the episodes that were lost")
-    parser.add_argument("--condition", choices=("both", *CONDITIONS), help="skills in the prompt (default both ways)")
-    parser.add_argument("--temperature", "--eval_temperature", dest="eval_temperature", type=float,
-                        help=f"0 is greedy (default {sdar.Config.eval_temperature})")
-    parser.add_argument("--tasks", "--eval_tasks", dest="eval_tasks", type=int,
-                        help=f"tasks, drawn by task type (default {sdar.Config.eval_tasks}); 0 for the whole split")
-    parser.add_argument("--repeats", type=int, help="episodes per task, each with its own seed (default 1)")
-    parser.add_argument("--split", "--eval_split", dest="eval_split", help="default val; alfworld valid_unseen")
-    parser.add_argument("--out", help="result file (default: eval.json in a checkpoint, else eval-<model>-<env>.json)")
+    parser = Parser("python eval.py MODEL [options]", __doc__).add_commands()
+    what = parser.add_argument_group("evaluation")
+    what.add_argument("model", nargs="?", default=None, metavar="MODEL",
+                      help="a checkpoint, tiny, a model folder, or a name that transformers loads")
+    what.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two result files instead")
+    what.add_argument("--show", metavar="RUN", help="print the episodes of a run's last step, or of a result file")
+    what.add_argument("--step", type=number(int), metavar="INT", help="with --show: of this training step instead")
+    what.add_argument("--lost", action="store_true", help="with --show: only the episodes that were lost")
+    what.add_argument("--condition", choices=("both", *CONDITIONS), help="skills in the prompt (default both ways)")
+    what.add_argument("--temperature", "--eval_temperature", dest="eval_temperature", type=number(float),
+                      metavar="FLOAT", help=f"0 is greedy (default {sdar.Config.eval_temperature})")
+    what.add_argument("--tasks", "--eval_tasks", dest="eval_tasks", type=number(int), metavar="INT",
+                      help=f"tasks, drawn by task type (default {sdar.Config.eval_tasks}); 0 for the whole split")
+    what.add_argument("--repeats", type=number(int), metavar="INT",
+                      help="episodes per task, each with its own seed (default 1)")
+    what.add_argument("--split", "--eval_split", dest="eval_split", metavar="NAME",
+                      help="of the environment's tasks (default val; alfworld: valid_unseen)")
+    what.add_argument("--out", metavar="FILE",
+                      help="result file (default: eval.json in a checkpoint, else eval-<model>-<env>.json)")
     add_options(parser, sdar.Config, set(FLAGS) - {*SAMPLING}, sdar.TABLES)
     options = vars(parser.parse_args(argv))
     given = {name for name, value in options.items() if value is not None}

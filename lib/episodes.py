@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from lib.runs import UserError, first_sentence
+from lib.program import UserError, first_sentence, to_json
 
 
 def episode_lines(chat, readable, episodes, *, skills=None, rows=(), gaps=(), **more):
@@ -25,7 +25,7 @@ def episode_lines(chat, readable, episodes, *, skills=None, rows=(), gaps=(), **
         whole = {"split": episode.task.split, "task_id": episode.task.task_id, "task_type": episode.task_type,
                  "task": episode.turns[0].context.task, "won": bool(episode.won), "score": float(episode.score),
                  "done": bool(episode.done), "skills": skills[episode.task_type] if skills else "", "turns": turns}
-        yield json.dumps(more | whole) + "\n"  # in ASCII: a lone surrogate could not be written otherwise
+        yield to_json(more | whole) + "\n"  # in ASCII: a lone surrogate could not be written otherwise
 
 
 def turn_entry(chat, readable, turn, row, gaps):

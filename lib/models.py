@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from lib.checkpoints import fault
 from lib.runs import ROOT, UserError, checkpoints, first_sentence, is_run
 
 TINY = ROOT / "data" / "tiny"
@@ -47,6 +48,9 @@ def read_model(path):
     if looks_local and not (Path(path) / "config.json").is_file():
         raise UserError(f"There is no model in {path!r} (no config.json): give tiny, a folder written by "
                         "save_pretrained, or a name such as Qwen/Qwen2.5-1.5B-Instruct.")
+    wrong = fault(Path(path), ".safetensors") if (Path(path) / "run.json").is_file() else None
+    if wrong:
+        raise UserError(f"Could not load the model {path!r}: {wrong}. Take another checkpoint.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # a model is data, not a program
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa",

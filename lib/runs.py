@@ -1,238 +1,27 @@
-"""The run folder: settings, log, learning curve, episodes, checkpoints. The method is in sdar.py; this stores it.
+"""A live run: log, learning curve, episodes, saving however it ends. The method is in sdar.py; this stores it.
 
-    <run>/config.json          settings, package versions, commit
     <run>/metrics.jsonl        a line per step and per evaluation
     <run>/curve.png            success by step
     <run>/episodes/*.jsonl     whole episodes, with the gap and gate of each token
-    <run>/checkpoint-<step>/   model and tokenizer as save_pretrained writes them, and state.pt (optimiser, step)
+
+The folder itself is made in lib/folders.py, and its checkpoints in lib/checkpoints.py.
 """
 
 import contextlib
-import dataclasses
-import json
-import platform
-import re
-import shutil
+import shlex
 import signal
-import subprocess
 import sys
+import warnings
 from copy import deepcopy
-from importlib import import_module, metadata
-from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-class UserError(Exception):
-    """Bad input: printed as one sentence, without a traceback."""
-
-
-def first_sentence(error):
-    return str(error).strip().split("\n")[0].rstrip(".") + "."
-
-
-def exit_status(program, argv):
-    """Runs program(argv) -> 0; 2 after a UserError, one sentence on standard error; 130 after Ctrl-C."""
-    try:
-        program(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # what was done is saved
-        return 130
-    return 0
-
-
-def optional(module, package):
-    """An optional library, imported where it is used. Raises UserError with the pip line if it is missing."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise UserError(f"{module} is not installed: pip install {package}.") from error
-
-
-# ------------------------------------------------------------------------------------------------------------- settings
-
-def provenance(version):
-    """Versions and commit, for config.json."""
-    names = ("torch", "transformers", "tokenizers", "gymnasium", "numpy", "rapidfuzz")
-    commit = None
-    if shutil.which("git"):
-        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    return {"sdar": version, "python": platform.python_version(), "commit": commit,
-            "packages": {name: metadata.version(name) for name in names}}
-
-
-def free_folder(name):
-    """The first of runs/<name>, runs/<name>-2, runs/<name>-3, ... that does not exist."""
-    path, number = Path("runs") / name, 1
-    while path.exists():
-        number += 1
-        path = Path("runs") / f"{name}-{number}"
-    return str(path)
-
-
-def create_run(cfg, version, name="config.json"):
-    """Makes the folder cfg.out and writes cfg to `name` in it -> its Path.
-
-    Raises UserError if the folder holds a run or files of others that a run would replace, if it can't be written, or
-    if cfg.report_to is not installed.
-    """
-    run = Path(cfg.out)
-    if cfg.report_to != "none":
-        optional(TRACKERS[cfg.report_to], cfg.report_to)
-    if checkpoints(run):
-        raise UserError(f"{run} already holds a run: go on with it by --resume {run}, or choose another with --out.")
-    own = {"config.json", "metrics.jsonl", "curve.png", "episodes", "state.pt", "model.safetensors", name}
-    for taken in sorted(own if not is_run(run, name) else ()):
-        if (run / taken).exists():
-            raise UserError(f"{run} already holds {taken}, which a run would replace: choose another with --out.")
-    write_settings(run, cfg, name, provenance(version))
-    try:
-        (run / "metrics.jsonl").write_text("")
-    except OSError as error:
-        raise unwritable(run, error) from error
-    return run
-
-
-def unwritable(run, error):
-    return UserError(f"The run folder {run} cannot be written ({error.strerror}): choose one by --out.")
-
-
-def write_settings(run, cfg, name="config.json", made_by=None):
-    """cfg and provenance in the run folder's file `name`, made or replaced atomically; made_by None: as stored."""
-    hidden = run / f".{name}.tmp"
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        made_by = made_by or json.loads((run / name).read_text())["provenance"]
-        hidden.write_text(json.dumps(dataclasses.asdict(cfg) | {"provenance": made_by}, indent=1))
-        hidden.rename(run / name)
-    except OSError as error:
-        raise unwritable(run, error) from error
-
-
-def read_settings(run, kind, name="config.json"):
-    """The settings in a run folder -> kind(**settings), kind being the dataclass that was written."""
-    path = Path(run) / name
-    if (Path(run) / "state.pt").is_file():
-        raise UserError(f"{run} is a checkpoint: give the run folder that holds it.")
-    if not path.is_file():
-        raise UserError(f"{run} is not a run folder (no {name}): give the folder that --out named.")
-    try:
-        stored = json.loads(path.read_text())
-        stored.pop("provenance")
-        check_types(settings := kind(**stored))
-        return settings
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} was not written by this version of the program ({error}): start a new run, or go on "
-                        "with the version that its provenance names.") from error
-
-
-def check_types(settings):
-    """Raises TypeError unless each field has the type of its default (None: a str or None; float: int too)."""
-    for field in dataclasses.fields(settings):
-        value, default = getattr(settings, field.name), field.default
-        of_type = (str, type(None)) if default is None else (int, float) if type(default) is float else type(default)
-        if not isinstance(value, of_type) or isinstance(value, bool) != isinstance(default, bool):
-            raise TypeError(f"{field.name} is {value!r}")
-
-
-def is_run(folder, name="config.json"):
-    """Whether a folder is a run of ours: its settings have a provenance, which a model's config.json has not."""
-    path = Path(folder) / name
-    return path.is_file() and '"provenance"' in path.read_text(errors="replace")
-
-
-def reopen(folder, explicit, kind, changeable, name="config.json"):
-    """--resume: (settings, run, last checkpoint). UserError if an explicit setting outside `changeable` differs."""
-    run = Path(folder)
-    cfg = read_settings(run, kind, name)
-    for setting, value in explicit.items():
-        if value != getattr(cfg, setting) and setting not in changeable:
-            raise UserError(f"--{setting} {value} contradicts the run in {run}, which has {getattr(cfg, setting)}: "
-                            "leave it out, or start a new run with --out.")
-        setattr(cfg, setting, value)
-    found = checkpoints(run)
-    if not found:
-        raise UserError(f"{run} holds no checkpoint yet: start it again without --resume.")
-    if cfg.steps < step_of(found[-1]):
-        raise UserError(f"--steps {cfg.steps} is less than the {step_of(found[-1])} steps that {run} already has: "
-                        "raise it.")
-    return cfg, run, found[-1]
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-def step_of(checkpoint):
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def checkpoints(run):
-    """Checkpoint folders of a run, oldest first."""
-    found = [path for path in Path(run).glob("checkpoint-*")
-             if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "state.pt").is_file()]
-    return sorted(found, key=step_of)
-
-
-def save_checkpoint(run, model, tokenizer, optimizer, step, keep=2):
-    """Writes <run>/checkpoint-<step> atomically (in a hidden folder, then renamed) -> its Path.
-
-    Only the newest `keep` stay, and checkpoint-0, from which a resumed run reads its reference model.
-    """
-    final = run / f"checkpoint-{step}"
-    hidden = run / f".{final.name}.tmp"
-    shutil.rmtree(hidden, ignore_errors=True)
-    model.save_pretrained(hidden)
-    tokenizer.save_pretrained(hidden)
-    torch.save({"optimizer": optimizer.state_dict(), "step": step}, hidden / "state.pt")
-    replaced = run / f".{final.name}.old"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    hidden.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
-    for old in checkpoints(run)[:-keep]:
-        if step_of(old) > 0:
-            shutil.rmtree(old)
-    return final
-
-
-def restore(checkpoint, model, optimizer, ref=None):
-    """Loads weights and optimiser state in place, and ref from checkpoint-0 -> steps done; trims the log to them."""
-    from safetensors.torch import load_model
-    run, device = checkpoint.parent, str(model.device)
-    load_model(model, checkpoint / "model.safetensors", device=device)
-    if ref is not None and (run / "checkpoint-0").is_dir():
-        load_model(ref, run / "checkpoint-0" / "model.safetensors", device=device)
-    state = torch.load(checkpoint / "state.pt", map_location=device, weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    trim_metrics(run, state["step"])
-    return state["step"]
-
-
-def trim_metrics(run, step):
-    """Drops the lines that a killed run wrote after its last checkpoint, and those that are no metrics or torn."""
-    path = run / "metrics.jsonl"
-    # an evaluation comes after its step's checkpoint: where one is due, the resumed run plays it again
-    kept = [line + "\n" for line, entry in read_lines(path)
-            if entry["step"] < step or entry["step"] == step and "eval/success" not in entry]
-    path.write_text("".join(kept))
-
-
-def read_lines(path):
-    """Yields (line, entry) of the lines of metrics.jsonl that are metrics."""
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            yield line, entry
-
+from lib.advice import PATIENCE, advice
+from lib.checkpoints import NotSaved, checkpoints, save_checkpoint
+from lib.folders import (
+    ROOT, TRACKERS, create_run, is_finished, is_run, provenance, read_lines, read_settings, reopen, restore,
+    settings_in, settings_of, storable, stored_settings, unwritable, write_settings)
+from lib.program import UserError, exit_status, first_sentence, optional, out_of_memory, to_json
 
 # ----------------------------------------------------------------------------------------------------------- a live run
 
@@ -256,7 +45,13 @@ def uninterrupted(doing="finishing this update, then saving ..."):
     """What would stop the run waits until the block is done, so that weights, optimiser, log and files always belong to
     a whole step."""
     pressed = []
-    with handling(lambda *_: pressed.append(print(f"\n{doing}"))):
+
+    def note(*_):
+        pressed.append(True)
+        with contextlib.suppress(KeyboardInterrupt):  # the reader of standard output has gone, too
+            print(f"\n{doing}")
+
+    with handling(note):
         yield
     if pressed:
         raise KeyboardInterrupt
@@ -264,14 +59,18 @@ def uninterrupted(doing="finishing this update, then saving ..."):
 
 @contextlib.contextmanager
 def all_or_nothing(model, optimizer, copy):
-    """If the block raises, weights and optimiser are as before it; copy: whether it may have changed them by then."""
+    """If the block raises, weights and optimiser are as before it, and the exception says so (`undone`).
+
+    copy: whether more than one optimiser step is in the block. Without it the copy is spared, and nothing is undone.
+    """
     before = deepcopy((model.state_dict(), optimizer.state_dict())) if copy else None
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if before:
             model.load_state_dict(before[0])
             optimizer.load_state_dict(before[1])
+            error.undone = True
         raise
 
 
@@ -279,40 +78,92 @@ class Run:
     """An open run: log, progress bar and checkpoints. `step` is the number of whole steps done.
 
     As a context manager it saves the whole steps however the block ends: at the end, on Ctrl-C, SIGTERM and SIGHUP (as
-    a KeyboardInterrupt, with a line on how to resume), and on a UserError (which then says where they are).
+    a KeyboardInterrupt, with a line on how to resume), and on any error. What the user can mend (bad input, a disk, too
+    little memory) becomes a UserError, which says what is saved. An optimiser step that was begun and not logged is not
+    saved: then the last checkpoint is where the run goes on.
     """
 
     def __init__(self, folder, model, tokenizer, optimizer, cfg, step, command):
-        """cfg: settings of the run (steps, save_every, report_to); step: those done; command: what --resume follows."""
-        self.folder, self.step, self.save_every = folder, step, cfg.save_every
-        self.resume = f"{command} --resume {folder}"
+        """cfg: settings of the run (steps, save_every, keep, ...); step: those done; command: what --resume follows."""
+        self.folder, self.step, self.cfg = folder, step, cfg
+        self.resume = f"{command} --resume {shlex.quote(str(folder))}"
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
-        self.send = tracker(cfg, folder)
+        self.saved = step if (folder / f"checkpoint-{step}").is_dir() else None  # what a resumed run comes from
+        self.settings = stored_settings(folder)  # each checkpoint carries them
+        self.recent, self.said = [], set()  # metrics of the last steps, and which advice was given
+        self.torn = False  # whether an optimiser step has begun whose end is not logged
         self.bar = tqdm(total=cfg.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)  # on terminals
+        self.send = start_tracker(cfg, folder)
 
     def save(self):
-        return save_checkpoint(self.folder, self.model, self.tokenizer, self.optimizer, self.step)
+        """-> the checkpoint of the last whole step, written unless it is there. Raises NotSaved."""
+        if self.saved != self.step:
+            save_checkpoint(self.folder, self.model, self.tokenizer, self.optimizer, self.step, keep=self.cfg.keep,
+                            settings=self.settings)
+            self.saved = self.step
+        return self.folder / f"checkpoint-{self.step}"
 
     def __enter__(self):
         self.signals = handling(signal.default_int_handler)  # each raises KeyboardInterrupt
         self.signals.__enter__()
+        self.hook = self.optimizer.register_step_pre_hook(lambda *_: setattr(self, "torn", True))
         if self.step == 0:
-            self.save_whole()  # a resumed run reads its reference model from there
+            try:
+                self.save_whole()  # a resumed run reads its reference model from there
+            except BaseException:
+                self.close()
+                raise
         return self
 
     def __exit__(self, kind, error, trace):
         try:
-            if error is None or isinstance(error, KeyboardInterrupt):
-                self.save_whole(stopped=error is not None)
-            elif isinstance(error, UserError):
+            self.end(error)
+        finally:
+            self.close()
+
+    def close(self):
+        self.hook.remove()
+        self.signals.__exit__(None, None, None)
+        self.bar.close()
+
+    def end(self, error):
+        whole = not self.torn or getattr(error, "undone", False)
+        if error is None or isinstance(error, KeyboardInterrupt) and whole:
+            try:
+                return self.save_whole(stopped=error is not None)
+            except NotSaved as failed:
+                raise UserError(f"{failed} {self.keep_whole(False)}") from failed
+        kept = self.keep_whole(whole and not isinstance(error, NotSaved))
+        sentence = self.explain(error)
+        if sentence:
+            raise UserError(f"{sentence} {kept}") from error
+        self.bar.write(kept)  # before the traceback: a defect of the program, not of the input
+
+    def explain(self, error):
+        """What the user can do about an error, a sentence; None for a defect of the program."""
+        if isinstance(error, UserError):
+            return str(error)
+        if out_of_memory(error):
+            return (f"There is not enough memory ({first_sentence(error).rstrip('.')}): lower --micro_tokens "
+                    f"(now {self.cfg.micro_tokens}, bounds an update) or --rollout_batch (now "
+                    f"{self.cfg.rollout_batch}, bounds sampling).")
+        if isinstance(error, OSError):
+            return str(unwritable(self.folder, error))
+
+    def keep_whole(self, save):
+        """After an error: saves the whole steps if `save` -> a sentence that says what is saved and how to go on."""
+        failed = ""
+        if save:
+            try:
+                self.optimizer.zero_grad(set_to_none=True)  # memory may be short
                 with contextlib.suppress(KeyboardInterrupt), uninterrupted("saving ..."):
                     saved = self.save()
-                raise UserError(f"{error} All whole steps are saved in {saved}; {self.resume} goes on.") from error
-            elif isinstance(error, OSError):
-                raise unwritable(self.folder, error) from error
-        finally:
-            self.signals.__exit__(None, None, None)
-            self.bar.close()
+                return f"All whole steps are saved in {saved}; {self.resume} goes on."
+            except NotSaved as error:
+                failed = f"{error} "
+        found = checkpoints(self.folder)
+        return failed + (f"The last checkpoint is {found[-1]}; {self.resume} goes on from there." if found else
+                         f"{self.folder} holds no checkpoint yet.")
 
     def save_whole(self, stopped=False):
         """Saves; if Ctrl-C stopped the run, or is pressed meanwhile, says how to go on; raises the latter."""
@@ -327,22 +178,34 @@ class Run:
 
     def log(self, step, metrics, line):
         """A line in metrics.jsonl, the same to wandb or tensorboard, and `line` above the progress bar."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
+        self.write(step, metrics)
+        self.announce(step, metrics, line)
+
+    def write(self, step, metrics):
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(to_json({"step": step} | metrics) + "\n")
+
+    def announce(self, step, metrics, line):
         try:
-            self.send(metrics, step)
+            self.send({name: value for name, value in metrics.items() if value is not None}, step)
         except Exception as error:  # whatever a tracker raises, it is not worth a run
-            self.send = lambda metrics, step: None
-            self.bar.write(f"warning: nothing more is sent to the tracker: {type(error).__name__}: {error}")
+            self.send = no_tracker
+            warn_of_tracker(error)
         self.bar.write(line)
         sys.stdout.flush()  # a log file shows the line at once, too
 
     def finish_step(self, metrics, line):
         """Counts and logs a step that is done, and saves it where that is due."""
-        self.step += 1
-        self.log(self.step, metrics, line)
+        self.write(self.step + 1, metrics)
+        self.step, self.torn = self.step + 1, False
+        self.announce(self.step, metrics, line)
         self.bar.update()
-        if self.step % self.save_every == 0:
+        self.recent = [*self.recent[1 - PATIENCE:], metrics]
+        for trouble, text in advice(self.cfg, self.folder, self.recent).items():
+            if trouble not in self.said:  # once is enough
+                self.bar.write(f"hint: {text}")
+                self.said.add(trouble)
+        if self.step % self.cfg.save_every == 0:
             self.save()
 
 
@@ -352,6 +215,13 @@ def headline(cfg, folder, policy, backend):
     size = sum(p.numel() for p in policy.model.parameters()) / 1e6
     return (f"{cfg.method} on {cfg.env} ({tasks}), model {cfg.model} ({size:.2f}M parameters), {policy.device}, run "
             f"folder {folder}\n{backend} kernels: log-probs within {policy.fused_error:.1e} of the model's own")
+
+
+def farewell(folder):
+    """What is printed at the end of a run."""
+    saved, curve = checkpoints(folder)[-1], folder / "curve.png"
+    drawn = f"; curve in {curve}" if curve.exists() else ""
+    return f"saved in {saved}{drawn}; evaluate it: python eval.py {shlex.quote(str(saved))}"
 
 
 def mean(values):
@@ -375,40 +245,78 @@ def episode_metrics(episodes, returns):
 
 
 def step_line(cfg, step, m):
-    """What is printed of a training step's metrics m."""
-    teacher = "" if cfg.teacher == "none" else f"  gap {m['sdar/gap']:+.3f}  gate {m['sdar/gate']:.3f}"
-    errors = f"  errors {m['rollout/errors']}" if m["rollout/errors"] else ""
-    return (f"step {step:3d}/{cfg.steps}  success {m['reward/success']:.2f}  turns {m['rollout/turns']:.1f}  "
-            f"invalid {m['rollout/invalid']:.2f}  entropy {m['grpo/entropy']:.3f}  "
-            f"zero-variance {m['grpo/zero_variance_groups']:.2f}{teacher}{errors}  {m['time/step']:.1f} s")
+    """What is printed of a training step's metrics m: at most 100 columns, all others are in metrics.jsonl."""
+    shown = {"step": f"{step:3d}/{cfg.steps}", "success": f"{m['reward/success']:.2f}",
+             "turns": f"{m['rollout/turns']:.1f}", "invalid": f"{m['rollout/invalid']:.2f}",
+             "entropy": f"{m['grpo/entropy']:.2f}", "zero-var": f"{m['grpo/zero_variance_groups']:.2f}"}
+    if cfg.teacher != "none":
+        shown["gap"] = f"{m['sdar/gap']:+.3f}"
+    if m["rollout/errors"]:
+        shown["errors"] = str(m["rollout/errors"])
+    seconds = f"{m['time/step']:.{0 if m['time/step'] >= 10 else 1}f} s"
+    for name in ("", "turns", "zero-var", "gap", "entropy"):  # the first to be left out
+        shown.pop(name, None)
+        line = "  ".join([*(f"{key} {value}" for key, value in shown.items()), seconds])
+        if len(line) <= 100:
+            return line
+    return line[:100]
 
 
-TRACKERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # --report_to: module
+def start_tracker(cfg, folder):
+    try:
+        return tracker(cfg, folder)
+    except UserError:  # it is not installed
+        raise
+    except Exception as error:
+        warn_of_tracker(error)
+        return no_tracker
+
+
+def warn_of_tracker(error):
+    warnings.warn(f"nothing more is sent to the tracker: {type(error).__name__}: {first_sentence(error)}",
+                  RuntimeWarning, stacklevel=2)
+
+
+def no_tracker(metrics, step):
+    pass
 
 
 def tracker(cfg, folder):
     """-> a function (metrics, step) that hands metrics on to cfg.report_to: wandb, tensorboard, or none."""
     if cfg.report_to == "wandb":
         wandb = optional(TRACKERS["wandb"], "wandb")
-        wandb.init(project="sdar", name=folder.name, config=dataclasses.asdict(cfg))
+        wandb.init(project="sdar", name=folder.name, config=storable(cfg))
         return lambda metrics, step: wandb.log(metrics, step=step)
     if cfg.report_to == "tensorboard":
         writer = optional(TRACKERS["tensorboard"], "tensorboard").SummaryWriter(str(folder))
         return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
-    return lambda metrics, step: None
+    return no_tracker
 
 
 def peak_memory_gb(device):
-    """Of the GPU's allocations, or of this process."""
+    """Of the GPU's allocations, or of this process; None where the system does not tell (Windows)."""
     if device.type == "cuda":
+        import torch
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
+    try:
+        import resource
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 def plot_curve(run, cfg):
+    """Draws <run>/curve.png; where that fails, a warning says why, and training goes on."""
+    try:
+        draw_curve(run, cfg)
+    except Exception as error:  # no matplotlib, a broken font cache, a full disk
+        warnings.warn(f"{run / 'curve.png'} is not drawn: {type(error).__name__}: {first_sentence(error)}",
+                      RuntimeWarning, stacklevel=2)
+
+
+def draw_curve(run, cfg):
     """<run>/curve.png: success by step on the evaluation set, sampled and greedy, and of the training rollouts."""
     import matplotlib
     matplotlib.use("Agg")
@@ -420,7 +328,7 @@ def plot_curve(run, cfg):
               "eval/greedy_success": (f"{tasks}, greedy", dict(color="C1", marker="s"))}
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
     for name, (label, style) in curves.items():
-        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        points = [(entry["step"], entry[name]) for entry in entries if isinstance(entry.get(name), float | int)]
         if points:
             axes.plot(*zip(*points), label=label, **style)
     axes.set(xlabel="step", ylabel="success rate", ylim=(0, 1),

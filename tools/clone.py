@@ -8,11 +8,12 @@ batching and packing are those of sdar.py. Wherever the expert's play is not the
 environment), hand `run` another function from step to lessons: tools/tiny.py does.
 """
 
-import argparse
+import dataclasses
 import itertools
 import math
 import random
 import re
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -23,20 +24,20 @@ import kernels
 import sdar
 from lib import experts, models, runs
 from lib.runs import UserError
-from lib.settings import add_options, check_values, option
+from lib.settings import Parser, add_options, changeable, check_values, option
 
 
 @dataclass
 class CloneConfig(sdar.Config):
     """sdar.Config, of which cloning uses what FLAGS names, and what it needs besides."""
 
-    steps: int = option(100, "optimiser steps", at_least=1)
+    steps: int = option(100, "optimiser steps", group="optimisation", at_least=1)
     lr: float = option(1e-5, "learning rate, times a warm-up over 50 steps and a cosine from 1 to a tenth", above=0)
-    tokens: int = option(32768, "tokens per step, prompts included", at_least=1)
+    tokens: int = option(32768, "tokens per step, prompts included", group="cloning", at_least=1)
     weak: float = option(0.0, "share of demonstrations by a weak demonstrator, without skills in the prompt; the "
                          "others are the expert's, with skills. 0: all are the expert's, without skills",
                          at_least=0, at_most=1)
-    save_every: int = option(200, "steps between checkpoints", at_least=1)
+    save_every: int = option(200, "steps between checkpoints", group="run folder", at_least=1, resume=True)
     kl_coef: float = option(0.0, "not used: cloning has no reference model")
     teacher: str = option("none", "not used: cloning has no teacher")
     bundled: bool = option(False, "not a flag: whether the model descends from the bundled one, and keeps its defaults")
@@ -44,7 +45,7 @@ class CloneConfig(sdar.Config):
 
 FLAGS = ("env", "data", "model", "device", "dtype", "threads", "history", "history_observations", "max_prompt_tokens",
          "retrieval", "skills", "steps", "lr", "tokens", "weak", "weight_decay", "max_grad_norm", "micro_tokens",
-         "recompute", "seed", "out", "save_every", "report_to")
+         "recompute", "seed", "out", "save_every", "keep", "report_to")
 SETTINGS = "clone.json"
 FOR_TINY = {"lr": 3e-3, "tokens": 6144}
 
@@ -58,7 +59,6 @@ def clone_config(explicit, kind=CloneConfig):
                if name in FLAGS and name not in ("steps", "lr")}
     small = FOR_TINY | {"bundled": True} if models.is_bundled(model) else {}
     cfg = kind(**(prompts | small | explicit))
-    cfg.out = cfg.out or runs.free_folder(f"{env}-clone-{cfg.seed}")
     check_values(cfg)
     for name in ("skills", "retrieval"):
         if name in explicit and not cfg.weak:
@@ -167,7 +167,7 @@ def clone_step(policy, optimizer, cfg, lessons, step):
         total -= logp.detach()[weight == 1].sum().item() / num_tokens
     policy.model.eval()
     lr = cfg.lr * min(1, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * step / cfg.steps))
-    norm = sdar.optimizer_step(policy.model, optimizer, lr, cfg)
+    norm = sdar.optimizer_step(policy.model, optimizer, lr, cfg, {})
     return {"clone/loss": total, "clone/grad_norm": norm, "clone/tokens": count_tokens(lessons)}
 
 
@@ -178,10 +178,10 @@ def run(cfg, policy, lessons_of, folder=None, checkpoint=None, command="python -
     """
     optimizer = sdar.make_optimizer(policy.model, cfg)
     if checkpoint:
-        done = runs.restore(checkpoint, policy.model, optimizer)
+        done = runs.restore(checkpoint, optimizer)
         runs.write_settings(folder, cfg, SETTINGS)
     else:
-        folder, done = runs.create_run(cfg, sdar.__version__, SETTINGS), 0
+        folder, done = runs.create_run(cfg, sdar.__version__, f"{cfg.env}-clone-{cfg.seed}", SETTINGS), 0
     print(f"cloning into {folder}, {cfg.steps} steps on {policy.device}", flush=True)
     with runs.Run(folder, policy.model, policy.chat.tokenizer, optimizer, cfg, done, command) as open_run:
         for step in range(done, cfg.steps):
@@ -203,14 +203,13 @@ def parse(argv, description, kind, flags, fixed=None):
 
     fixed: settings that are not flags, for a new run. Raises UserError.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, from its last checkpoint")
+    parser = Parser(None, description).add_commands("resume")
     add_options(parser, kind, flags, {name: {key: value for key, value in row.items() if key not in ("steps", "lr")}
                                       for name, row in sdar.TABLES.items()} | {"tiny": FOR_TINY})
     explicit = vars(parser.parse_args(argv))
     resume = explicit.pop("resume")
     if resume is not None:
-        cfg, folder, checkpoint = runs.reopen(resume, explicit, kind, ("threads", "report_to"), SETTINGS)
+        cfg, folder, checkpoint = runs.reopen(resume, explicit, kind, changeable(kind), SETTINGS)
         check_values(cfg)
         return cfg, folder, checkpoint
     return clone_config((fixed or {}) | explicit, kind), None, None
@@ -220,10 +219,10 @@ def clone(argv):
     cfg, folder, checkpoint = parse(argv, __doc__, CloneConfig, FLAGS)
     source = make_source(cfg)
     demonstrated_turns(source, random.Random(0))  # raises now if the tasks have no expert
-    policy = sdar.load_policy(cfg)
+    policy = sdar.load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg)
     sdar.check_prompt_limit(policy, cfg, source.env)
     folder = run(cfg, policy, expert_lessons(policy.chat, source), folder, checkpoint)
-    print(f"saved in {folder}; train it: python sdar.py --env {cfg.env} --model {folder}")
+    print(f"saved in {folder}; train it: python sdar.py --env {cfg.env} --model {shlex.quote(str(folder))}")
 
 
 def main(argv=None, program=clone):

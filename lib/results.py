@@ -1,0 +1,72 @@
+"""Result files of eval.py: written, read and checked."""
+
+import json
+import math
+from pathlib import Path
+
+from lib.episodes import episodes_beside
+from lib.program import UserError, to_json
+
+FORMAT = "sdar eval 2"  # marks result files
+PARTS = {"model": str, "evaluation_set": str, "conditions": list, "sampling": dict, "config": dict, "summary": dict,
+         "outcomes": dict}
+SAMPLING = {"split": str, "tasks": int, "repeats": int, "seed": int, "temperature": (int, float)}
+OUTCOME = {"task_id": int, "task_type": str, "won": (bool, int), "score": (int, float), "turns": int, "invalid": int,
+           "done": (bool, int)}  # of an episode
+
+
+def write_result(out, result, lines):
+    """Writes atomically: a result that is there stays whole. lines: of the file of episodes beside it. UserError."""
+    hidden = out.with_name(f".{out.name}.tmp")
+    try:
+        for path, text in [(episodes_beside(out), "".join(lines)), (out, to_json(result, indent=1))]:
+            hidden.write_text(text, encoding="utf-8")
+            hidden.rename(path)
+    except OSError as error:
+        hidden.unlink(missing_ok=True)
+        raise UserError(f"{out} cannot be written ({error.strerror}): choose another file with --out.") from error
+
+
+def read_result(path):
+    """A result file -> dict. Raises UserError if it cannot be read or this program did not write it."""
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"The result file {path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a JSON file, so not a result of eval.py ({error}).") from error
+    wrong = what_is_wrong(result)
+    if wrong:
+        raise UserError(f"{path} was not written by this version of eval.py ({wrong}).")
+    return result
+
+
+def what_is_wrong(result):
+    """Why a JSON value is not a result, a clause, or None."""
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        return f"format {FORMAT!r}"
+    checks = [("it", result, PARTS)]
+    if not mismatch("it", result, PARTS):
+        checks += [("sampling", result["sampling"], SAMPLING), ("config", result["config"], {"env": str})]
+        for name in result["conditions"]:
+            outcomes = result["outcomes"].get(name) if isinstance(name, str) else None
+            if not isinstance(outcomes, list) or not outcomes:
+                return f"no outcomes of condition {name!r}"
+            checks += [(f"outcome {number} of {name!r}", outcome, OUTCOME) for number, outcome in enumerate(outcomes)]
+    return next((found for check in checks if (found := mismatch(*check))), None)
+
+
+def mismatch(what, value, kinds):
+    """The first key of `kinds`, {key: type}, that a dict lacks or has of another type, in words; None: all there."""
+    if not isinstance(value, dict):
+        return f"{what} is {value!r}"
+    for key, kind in kinds.items():
+        if key not in value:
+            return f"{what} has no {key}"
+        if not fits(value[key], kind if isinstance(kind, tuple) else (kind,)):
+            return f"{key} of {what} is {value[key]!r}"[:200]
+
+
+def fits(value, kinds):
+    return (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+            and not (isinstance(value, float) and not math.isfinite(value)))
