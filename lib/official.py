@@ -12,6 +12,7 @@ import json
 import os
 import re
 import string
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -679,8 +680,9 @@ class Question(NamedTuple):
 
 
 def normalize_answer(text):
-    """Lower-cased, without ASCII punctuation and the articles a, an and the, with single spaces (SQuAD's rule)."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    """Lower-cased NFC without ASCII punctuation and the articles a, an and the, with single spaces (SQuAD's rule)."""
+    text = unicodedata.normalize("NFC", text.lower())
+    text = "".join(character for character in text if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 

@@ -8,9 +8,12 @@ import http.client
 import http.server
 import json
 import re
+import sys
 import time
+import unicodedata
 import urllib.error
 import urllib.request
+from array import array
 from collections import Counter
 from typing import NamedTuple
 
@@ -34,34 +37,83 @@ STOP_WORDS = frozenset({
 # BM25
 # ---------------------------------------------------------------------------------------------------------------------
 
+HAN = "\u3005-\u3007\u3041-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"   # and Hiragana
+
+
+@functools.cache
+def word_pattern():
+    """What a word is beyond ASCII, as in Lucene's StandardTokenizer: Han and Hiragana one by one, others in runs.
+
+    Combining marks and joiners belong to the letter before them; \\w has neither. The table takes 0.1 s, once.
+    """
+    marks = "".join(map(chr, (code for code in range(0x300, sys.maxunicode + 1)
+                              if unicodedata.category(chr(code))[0] == "M"))) + "\u200c\u200d"
+    return re.compile(f"[{HAN}]|[^\\W_{HAN}](?:[^\\W_{HAN}]|[{marks}])*")
+
+
 def search_terms(text):
-    """Lower-cased alphanumeric words without stop words; a plural "s" is cut, so that "lamps" finds "lamp"."""
-    words = (word for word in re.findall(r"[^\W_]+", text.lower()) if word not in STOP_WORDS)
+    """Lower-cased alphanumeric words without stop words; a plural "s" is cut, so that "lamps" finds "lamp".
+
+    Equal texts in different Unicode forms give equal terms (NFC); Han characters are terms of their own.
+    """
+    text = text.lower()
+    found = (re.findall(r"[^\W_]+", text) if text.isascii()
+             else word_pattern().findall(unicodedata.normalize("NFC", text)))
+    words = (word for word in found if word not in STOP_WORDS)
     return [word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words]
 
 
 class Postings(NamedTuple):
-    """An inverted index: per term the documents that hold it and what it adds to their scores."""
-    ids: list                            # document number -> identifier
-    terms: dict                          # term -> (document numbers [n] int32 ascending, weights [n] fp32)
+    """An inverted index: per term the documents that hold it and what it adds to their scores.
+
+    Term number t has the entries starts[t] to starts[t + 1] of `documents` and `weights`. The arrays of a stored index
+    are memory-mapped, so that a search reads only what it needs.
+    """
+    ids: np.ndarray                      # document number -> identifier
+    terms: dict                          # term -> its number
+    starts: np.ndarray                   # [number of terms + 1] int64
+    documents: np.ndarray                # [entries] int32, ascending within a term
+    weights: np.ndarray                  # [entries] fp32
 
 
 def build_postings(ids, texts, *, k1=0.9, b=0.4):
-    """The `Postings` of `texts` under `ids`, with Lucene's idf, ln(1 + (N - df + 0.5) / (df + 0.5))."""
-    counts = {}
-    lengths = np.zeros(len(ids))
-    for number, text in enumerate(texts):
-        terms = search_terms(text)
-        lengths[number] = len(terms)
-        for term, count in Counter(terms).items():
-            counts.setdefault(term, []).append((number, count))
+    """The `Postings` of `texts` under `ids`, with Lucene's idf, ln(1 + (N - df + 0.5) / (df + 0.5)).
+
+    texts may be an iterator: no more than one is held, and 20 bytes or so for each of its different terms.
+    """
+    terms, numbers, counts, sizes, lengths = {}, array("i"), array("i"), array("i"), array("i")
+    for text in texts:
+        found = Counter(search_terms(text))
+        numbers.extend([terms.setdefault(term, len(terms)) for term in found])
+        counts.extend(found.values())
+        sizes.append(len(found))
+        lengths.append(found.total())
+    numbers, counts, sizes, lengths = (np.array(values, dtype=np.int32) for values in (numbers, counts, sizes, lengths))
+    frequency = np.bincount(numbers, minlength=len(terms))
+    order = np.argsort(numbers, kind="stable")       # by term, and documents in their order within one
+    documents = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[order]
+    idf = np.log(1 + (len(sizes) - frequency + 0.5) / (frequency + 0.5))
     penalty = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))
-    postings = {}
-    for term, entries in counts.items():
-        numbers, tf = np.array(entries, dtype=np.int32).T
-        idf = np.log(1 + (len(ids) - len(entries) + 0.5) / (len(entries) + 0.5))
-        postings[term] = numbers, (idf * tf / (tf + penalty[numbers])).astype(np.float32)
-    return Postings(list(ids), postings)
+    weights = np.empty(len(order), dtype=np.float32)
+    for first in range(0, len(order), 1 << 20):      # in parts, as the fp64 between would take five times the memory
+        part = slice(first, first + (1 << 20))
+        tf = counts[order[part]]
+        weights[part] = idf[numbers[order[part]]] * tf / (tf + penalty[documents[part]])
+    return Postings(np.array(list(ids)), terms, np.append(0, np.cumsum(frequency)), documents, weights)
+
+
+def save_postings(postings, folder):
+    """Writes all of an index except its ids."""
+    for name in ("starts", "documents", "weights"):
+        np.save(folder / f"{name}.npy", getattr(postings, name))
+    (folder / "terms.txt").write_text("\n".join(postings.terms), encoding="utf-8")
+
+
+def load_postings(folder, ids):
+    """The `Postings` that `save_postings` wrote, memory-mapped."""
+    terms = (folder / "terms.txt").read_text(encoding="utf-8").split("\n")
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("starts", "documents", "weights")]
+    return Postings(ids, {term: number for number, term in enumerate(terms)}, *arrays)
 
 
 def bm25_scores(postings, query):
@@ -69,8 +121,9 @@ def bm25_scores(postings, query):
     scores = np.zeros(len(postings.ids), dtype=np.float32)
     for term in search_terms(query):
         if term in postings.terms:
-            numbers, weights = postings.terms[term]
-            scores[numbers] += weights
+            number = postings.terms[term]
+            entries = slice(postings.starts[number], postings.starts[number + 1])
+            scores[postings.documents[entries]] += postings.weights[entries]
     return scores
 
 
@@ -81,7 +134,7 @@ def bm25(postings, query, k=HITS):
     if len(hits) > k:                    # sort only what can be among the best k
         hits = hits[scores[hits] >= np.partition(scores[hits], -k)[-k]]
     best = hits[np.argsort(-scores[hits], kind="stable")][:k]
-    return tuple(postings.ids[number] for number in best)
+    return tuple(postings.ids[best].tolist())
 
 
 def product_document(product):
