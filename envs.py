@@ -22,6 +22,7 @@ import numpy as np
 from rapidfuzz import fuzz, utils
 
 from lib import experts
+from lib.catalogue import official_shop, shop_of, weighted_goal
 from lib.generated import SEARCH_TYPES, bundled_corpus, generate_game, search_questions, webshop_catalogue
 from lib.official import (
     ALFWORLD_SPLITS,
@@ -32,11 +33,8 @@ from lib.official import (
     GOAL_FIELDS,
     NOT_NOUNS,
     TASK_PREFIX,
-    build_goals,
-    build_products,
     check_folder,
     contents,
-    draw_prices,
     find_games,
     fits,
     held_object,
@@ -47,16 +45,12 @@ from lib.official import (
     normalize_answer,
     place_of,
     question_files,
-    read_catalogue,
-    weighted_goal,
 )
 from lib.retrieval import (
     HITS,
     Retriever,
     bm25,
-    build_postings,
     corpus_search,
-    product_document,
     read_corpus,
     search_server,
 )
@@ -417,41 +411,29 @@ def rich_text(parts, address, opened):
 
 # Data
 
-class Shop(NamedTuple):
-    """A catalogue. Shared between environments: not to be changed."""
-    products: dict                       # {asin: product} as after the official loader
-    nouns: Callable                      # title -> its nouns
-
-
 @functools.lru_cache(maxsize=8)
 def load_shop(data, human_goals):
-    """The official catalogue in the folder `data`, or the generated one where it is None: the only place that asks."""
+    """(`Shop`, title -> nouns) of the official files in the folder `data`, or generated: the only place that asks."""
     if data is not None:
-        return Shop(build_products(read_catalogue(data, human_goals)), title_nouns)
+        return official_shop(data, human_goals), title_nouns
     catalogue = webshop_catalogue()
     # Generated titles are judged by the rule everywhere, so that a score does not depend on what is installed.
-    return Shop(build_products(catalogue if human_goals else catalogue._replace(human=None)), nouns_by_rule)
+    return shop_of(catalogue if human_goals else catalogue._replace(human=None)), nouns_by_rule
 
 
 @functools.lru_cache(maxsize=8)
 def load_search(data, human_goals):
     """query -> at most 50 asins, best first; recent queries are remembered."""
-    products = load_shop(data, human_goals).products
-    postings = build_postings(list(products), map(product_document, products.values()))
-    return functools.lru_cache(maxsize=4096)(functools.partial(bm25, postings))
+    return functools.lru_cache(maxsize=4096)(functools.partial(bm25, load_shop(data, human_goals)[0].postings()))
 
 
 @functools.lru_cache(maxsize=64)
 def load_goals(data, human_goals, seed, shuffle_seed):
     """({asin: price}, shuffled goals), drawn as in the original. Shared between environments: not to be changed."""
-    products = load_shop(data, human_goals).products
-    rng = random.Random(seed)
-    prices = draw_prices(products, rng)
-    goals = build_goals(products, prices, human_goals, rng)
+    prices, goals = load_shop(data, human_goals)[0].draw(seed, shuffle_seed)
     if not goals:
         raise ValueError(f"The WebShop data in {data} give no {'human' if human_goals else 'synthetic'} goal; at least "
                          "one product needs an instruction.")
-    random.Random(shuffle_seed).shuffle(goals)
     return prices, goals
 
 
@@ -486,7 +468,8 @@ class WebShop(TextEnv):
         if observation_mode not in ("text", "text_rich"):
             raise ValueError(f"observation_mode must be 'text' or 'text_rich', not {observation_mode!r}.")
         source = (None if data is None else str(data)), bool(human_goals)
-        self.products, own_nouns = load_shop(*source)
+        self.shop, own_nouns = load_shop(*source)
+        self.products = self.shop.products
         self.price, self.goals = load_goals(*source, seed, shuffle_seed)
         self.search, self.draws_random = search or load_search(*source), search is None
         self.nouns = nouns or own_nouns
@@ -591,11 +574,11 @@ class WebShop(TextEnv):
         """The asins for a query: "<r>" random ones, "<c> word" a category, "<q> words" a query, else a search."""
         mark, *words = query.split(" ")
         if mark == "<r>" and self.draws_random:
-            return self.np_random.permutation(list(self.products))[:HITS].tolist()
+            return self.shop.asins[self.np_random.permutation(len(self.products))[:HITS]].tolist()
         if mark == "<c>":                # without a word, and for "<a>", the original raises; here nothing is found
-            return [asin for asin, product in self.products.items() if words and product["category"] == words[0]]
+            return self.shop.where("category", words[0]) if words else []
         if mark == "<q>":
-            return [asin for asin, product in self.products.items() if product["query"] == " ".join(words).strip()]
+            return self.shop.where("query", " ".join(words).strip())
         if mark == "<a>":
             return []
         return [asin for asin in self.search(query) if asin in self.products][:HITS]
@@ -645,7 +628,7 @@ class WebShop(TextEnv):
     @property
     def task_types(self):
         """The departments of the goals: what `info["task_type"]` can be."""
-        return tuple(sorted({goal["category"] for goal in self.goals}))
+        return tuple(self.shop.categories)
 
     def num_tasks(self, split):
         return len(self.splits[self.check_split(split, self.splits)])

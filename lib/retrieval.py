@@ -105,14 +105,14 @@ def build_postings(ids, texts, *, k1=0.9, b=0.4):
 def save_postings(postings, folder):
     """Writes all of an index except its ids."""
     for name in ("starts", "documents", "weights"):
-        np.save(folder / f"{name}.npy", getattr(postings, name))
-    (folder / "terms.txt").write_text("\n".join(postings.terms), encoding="utf-8")
+        np.save(folder / f"search_{name}.npy", getattr(postings, name))
+    (folder / "search_terms.txt").write_text("\n".join(postings.terms), encoding="utf-8")
 
 
 def load_postings(folder, ids):
     """The `Postings` that `save_postings` wrote, memory-mapped."""
-    terms = (folder / "terms.txt").read_text(encoding="utf-8").split("\n")
-    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("starts", "documents", "weights")]
+    terms = (folder / "search_terms.txt").read_text(encoding="utf-8").split("\n")
+    arrays = [np.load(folder / f"search_{name}.npy", mmap_mode="r") for name in ("starts", "documents", "weights")]
     return Postings(ids, {term: number for number, term in enumerate(terms)}, *arrays)
 
 
