@@ -176,7 +176,7 @@ def is_whole(folder, stamp):
         found = checksums(folder)
         found.pop("stamp.json")
         damage = "its files are not as they were written" if found != written["contents"] else ""
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError, LookupError, TypeError) as error:
         damage = f"{type(error).__name__}: {error}"

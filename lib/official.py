@@ -80,49 +80,45 @@ def read_json_list(path, progress=None):
 
     progress: a tqdm bar that counts bytes.
     """
-    with open(regular_file(path, "a JSON file"), "rb") as file:
-        start = file.read(64).lstrip()
-    if start[:1] != b"[":                # not a list: the sentence is that of a file read as a whole
-        yield from read_json_file(path, list)
-        return
-    with open(path, encoding="utf-8") as file:
+    with open(regular_file(path, "a JSON file"), encoding="utf-8") as file:
         try:
-            yield from parse_entries(file, path, progress)
+            start = file.read(64).lstrip()
+            if start[:1] == "[":
+                yield from parse_entries(start[1:], file, path, progress)
+                return
         except (ValueError, RecursionError) as error:
             raise error if type(error) is ValueError else not_json(path, error) from error
+    yield from read_json_file(path, list)        # it is none, and so refused like any other file
 
 
-def parse_entries(file, path, progress):
-    """Yields the entries of a list in an open file of JSON text. Raises json.JSONDecodeError where it is malformed."""
+def parse_entries(text, file, path, progress):
+    """Yields the entries of a list whose text is `text` and what follows in the file. Raises json.JSONDecodeError."""
     decode, blanks = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-    text, start, before, count, at_end = "", 0, "[", 0, False        # before: what must stand before the next entry
-    while True:
+    start, count, at_end, last = 0, 0, False, False
+    while not last:
         try:
-            position = blanks.match(text, start).end()
-            is_last = count and text[position:position + 1] == "]"
-            if not is_last:
-                if text[position:position + 1] != before:
-                    raise json.JSONDecodeError(f"Expecting {before!r}", text, position)
-                position = blanks.match(text, position + 1).end()
-                is_last = not count and text[position:position + 1] == "]"
-            if is_last:
-                break
-            entry, end = decode(text, position)
+            start = blanks.match(text, start).end()
+            if not count and text[start:start + 1] == "]":
+                start, last = start + 1, True
+                continue
+            entry, end = decode(text, start)
+            after = blanks.match(text, end).end()
+            if text[after:after + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, after)
         except json.JSONDecodeError as error:    # maybe the text read so far ends within the entry
-            part = file.read(READ_AT_ONCE) if len(text) - start <= LARGEST_ENTRY else ""
-            if at_end or not part and len(text) - start > LARGEST_ENTRY:
-                raise json.JSONDecodeError(f"{error.msg} in or before entry {count}", text, error.pos) from error
+            if at_end or len(text) - start > LARGEST_ENTRY:
+                raise json.JSONDecodeError(f"{error.msg} at entry {count}", text, error.pos) from error
+            part = file.read(READ_AT_ONCE)
             text, start, at_end = text[start:] + part, 0, not part
             if progress is not None:
                 progress.update(file.buffer.tell() - progress.n)
             continue
-        if SURROGATE.search(text, position, end):
+        if SURROGATE.search(text, start, end):
             check_text(entry, f"{path}, entry {count}")
         yield entry
-        start, before, count = end, ",", count + 1
-    rest = itertools.chain([text[position + 1:]], iter(functools.partial(file.read, READ_AT_ONCE), ""))
-    if any(part.strip() for part in rest):
-        raise json.JSONDecodeError("Extra data after the list", text, position)
+        start, last, count = after + 1, text[after] == "]", count + 1
+    if (text[start:] + file.read()).strip():
+        raise json.JSONDecodeError("Extra data after the list", text, start)
 
 
 def read_jsonl(path):

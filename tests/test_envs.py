@@ -1,5 +1,6 @@
 """The environments' rules, files, prompts, parsers and interface; tables are in cases.json, tasks in test_tasks.py."""
 import doctest
+import errno
 import functools
 import gzip
 import io
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -435,8 +437,10 @@ READ = {"items_shuffle.json": envs.WebShop, "items_ins_v2.json": envs.WebShop, "
         "game.tw-pddl": lambda folder: data.load_game(folder / "game.tw-pddl")}
 
 
-def write(folder, files):
+def write(folder, files, make=False):
     """Writes good files, and `files` {name: text, JSON or rows of JSONL} instead of some; returns the folder."""
+    if make:
+        folder.mkdir()
     for name, content in (FILES | files).items():
         if name.endswith(".jsonl") and isinstance(content, list):
             content = "\n\n".join(map(json.dumps, content))              # a blank line is no row
@@ -456,9 +460,11 @@ MALFORMED = [                            # (file, its content, words of the sent
 
 
 @pytest.mark.parametrize("file, content, words", MALFORMED)
-def test_a_malformed_file_is_refused_in_a_sentence_that_names_the_place(tmp_path, file, content, words):
-    sentence = refused(words, READ[file], write(tmp_path, {file: content}))
-    assert file in sentence or str(tmp_path) in sentence
+def test_a_malformed_file_is_refused_in_a_sentence_that_names_the_place(tmp_path, monkeypatch, file, content, words):
+    for limit in (catalogue.LARGE, 0):   # products are read one by one above it
+        monkeypatch.setattr(catalogue, "LARGE", limit)
+        sentence = refused(words, READ[file], write(tmp_path, {file: content}))
+        assert file in sentence or str(tmp_path) in sentence
 
 
 def test_missing_ambiguous_and_unreadable_files_are_named(tmp_path, monkeypatch):
@@ -496,3 +502,70 @@ def test_all_forms_of_rows_are_read_in_order_splits_have_own_files_and_a_single_
     for row in forms:
         parquet.write_table(sys.modules["pyarrow"].Table.from_pylist([row]), path)
         assert is_read(alone(path)), row
+
+
+def test_a_large_catalogue_is_read_once_and_again_when_its_files_change_or_the_cache_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "LARGE", 0)
+    store, made = catalogue.store_catalogue, []
+    monkeypatch.setattr(catalogue, "store_catalogue", lambda *arguments: made.append(1) or store(*arguments))
+
+    def start(**changes):
+        """How often the catalogue was made, and how many folders are left."""
+        made.clear()
+        shop = catalogue.official_shop(write(tmp_path, changes) if changes else tmp_path, False)
+        prices, goals = shop.draw(1, 2)
+        assert dict(shop.products) == catalogue.shop_of(data.read_catalogue(shop.files)).products
+        assert (dict(prices), [goal["asin"] for goal in goals], len(shop.postings().ids)) == (
+            {"B000000001": 12.99}, ["B000000001"], 1)
+        return len(made), len(list(cache.iterdir()))
+
+    cache = write(tmp_path, {}) / "sdar_cache"
+    assert start() == (1, 2) and start() == (0, 2)
+    assert start(**{"items_shuffle.json": [LAMP | {"name": "Blue Lamp"}]}) == (1, 2)
+    for path in sorted((cache / "webshop-synthetic").iterdir()):
+        whole = path.read_bytes()
+        flipped = bytes([whole[0] ^ 1]) + whole[1:]
+        for damaged in (whole[:-1], b"", *([] if path.suffix == ".sqlite" else [flipped, b"x" * len(whole)])):
+            path.write_bytes(damaged)
+            with pytest.warns(RuntimeWarning, match="webshop-synthetic is damaged .* made again"):
+                assert start() == (1, 2), path.name
+    shop = catalogue.official_shop(tmp_path, False)
+    products = shop.products.path
+    products.write_bytes(products.read_bytes().replace(b"Blue", b"Blus"))        # where it is not read at the start
+    refused("is damaged .*checksum.*delete its folder", shop.products.__getitem__, "B000000001")
+    products.write_bytes(b"x" * products.stat().st_size)
+    refused("is damaged .*not a database", dict, catalogue.official_shop(tmp_path, False).products)
+
+
+def test_the_cache_goes_where_one_can_write_is_never_half_made_and_several_processes_may_make_it_at_once(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "LARGE", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    beside = write(tmp_path / "a", {}, make=True) / "sdar_cache"
+    with ThreadPoolExecutor(8) as pool:
+        shops = list(pool.map(lambda _: catalogue.official_shop(tmp_path / "a", False), range(8)))
+    assert [list(shop.products) for shop in shops] == [["B000000001"]] * 8
+    assert [path.name for path in beside.iterdir()] == ["webshop-synthetic"] and not (tmp_path / "home").exists()
+    (write(tmp_path / "b", {}, make=True) / "sdar_cache").write_text("a file where the folder should be")
+    assert tmp_path / "home" in catalogue.official_shop(tmp_path / "b", False).products.path.parents
+    (tmp_path / "b" / "items_shuffle.json").write_text(json.dumps([LAMP, LAMP | {"asin": "B2", "images": []}]))
+    refused("items_shuffle.json, entry 1 \\(B2\\)", catalogue.official_shop, tmp_path / "b", False)
+    assert len(list((tmp_path / "home").glob("sdar/*/*"))) == 1                  # the outdated one, and no half
+    monkeypatch.setattr(catalogue, "save_postings", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    refused("cannot be written .*No space.*XDG_CACHE_HOME", catalogue.official_shop, write(tmp_path / "b", {}), True,
+            kind=OSError)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b" / "sdar_cache"))
+    refused("Neither .*sdar_cache nor .* can be written", catalogue.official_shop, tmp_path / "b", True, kind=OSError)
+
+
+@pytest.mark.parametrize("size", [1, 7, 5000])
+def test_a_list_is_read_entry_by_entry_wherever_the_parts_end(official, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(data, "READ_AT_ONCE", size)
+    text = (official / "items_shuffle.json").read_text(encoding="utf-8").strip()
+    entries = json.loads(text)[:20] if size < 10 else json.loads(text)
+    for content in (json.dumps(entries, ensure_ascii=False), json.dumps(entries, indent=3), "[]", " [ ] ", "[1, 2.5]"):
+        (path := tmp_path / "list.json").write_text(content, encoding="utf-8")
+        assert list(data.read_json_list(path)) == json.loads(content)
+    for content in ("[", "[1", "[1,", "[1,]", "[1 2]", "[,1]", "[1]]", "[1] x", '[{"a": "b', "[nul]", '["\ud83d"]'):
+        path.write_text(content, errors="surrogatepass")
+        refused("list.json is not UTF-8 JSON", list, data.read_json_list(path))
