@@ -1,8 +1,11 @@
 """The environments' rules, files, prompts, parsers and interface; tables are in cases.json, tasks in test_tasks.py."""
+import base64
+import contextlib
 import doctest
 import errno
 import functools
 import gzip
+import http.server
 import io
 import itertools
 import json
@@ -10,9 +13,11 @@ import math
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -348,11 +353,15 @@ def test_neither_documents_nor_the_agents_own_text_can_answer_or_write_a_tag(har
         assert len(tags("q?", shown)) <= len(tags("q?", search))
 
 
+class Reply(io.BytesIO):
+    length = 0                           # bytes that are still to come
+
+
 def answering(replies):
-    """Stands in for urlopen: a reply is a text, a status of 400 and above, or an error to raise."""
+    """Stands in for an opener: a reply is a text, a status of 400 and above, or an error to raise."""
     return Mock(side_effect=(
         urllib.error.HTTPError("", reply, "", {}, io.BytesIO()) if isinstance(reply, int) else
-        io.BytesIO(reply.encode()) if isinstance(reply, str) else reply for reply in replies))
+        Reply(reply.encode()) if isinstance(reply, str) else reply for reply in replies))
 
 
 def test_the_server_answers_both_request_forms_and_refuses_others():
@@ -389,7 +398,7 @@ def test_the_server_answers_both_request_forms_and_refuses_others():
 def test_the_request_form_that_works_is_found_and_remembered(monkeypatch, refusal):
     found, bare = ({"result": [[{"document": {"contents": "a"}, "score": 1.5}]]}, {"result": [[{"contents": "b"}]]})
     replies = [refusal, json.dumps(found), 500, 503, json.dumps(bare)]
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen := answering(replies))
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", urlopen := answering(replies))
     retriever = quick("http://127.0.0.1:1")
     assert retriever("x", 2) == ["a"] and retriever("y", 2) == ["b"]         # the third try, without scores
     forms = [{"queries": ["x"]}, {"query": "x"}] + [{"query": "y"}] * 3
@@ -401,7 +410,7 @@ def test_the_request_form_that_works_is_found_and_remembered(monkeypatch, refusa
     *CASES["replies"], ("[" * 100000, "ValueError", 4), (TimeoutError("too slow"), "3 tries, .*too slow", 6),
     *((lambda query, topk, bad=bad: bad, "list of texts", 0) for bad in (None, "text", [1]))])
 def test_a_search_that_fails_costs_a_turn_but_not_the_episode(monkeypatch, reply, words, requests):
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen := answering(itertools.repeat(reply)))
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", urlopen := answering(itertools.repeat(reply)))
     ask(env := envs.SearchQA(retriever=reply if callable(reply) else quick("http://127.0.0.1:1")))
     for count in (1, 2):
         with pytest.warns(RuntimeWarning, match="A search failed"):
@@ -411,6 +420,104 @@ def test_a_search_that_fails_costs_a_turn_but_not_the_episode(monkeypatch, reply
     assert urlopen.call_count == requests
     _, reward, _, _, info = env.step(f"<answer> {env.question.golds[0]} </answer>")
     assert (reward, info["error"], info["retriever_errors"], ask(env)[1]["retriever_errors"]) == (1.0, None, 2, 0)
+
+
+@contextlib.contextmanager
+def serving(*replies, host="127.0.0.1"):
+    """Yields (port, requests) of a server that gives each reply once, the last for ever; requests: their headers.
+
+    A reply is (status, headers, text or an iterator of parts), or bytes sent one by one for ever as they are.
+    """
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            requests.append(self.headers)
+            reply = replies[min(len(requests), len(replies)) - 1]
+            with contextlib.suppress(OSError):       # the client may leave
+                if isinstance(reply, bytes):
+                    for number in itertools.count():
+                        self.wfile.write(reply[number % len(reply):][:1])
+                        time.sleep(0.01)
+                status, headers, text = reply
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(text))} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        daemon_threads, block_on_close = True, False
+
+    requests, server = [], Server((host, 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server.server_port, requests
+    server.shutdown()
+    server.server_close()
+
+
+FOUND = (200, {}, '{"result": [[{"contents": "a"}]]}')
+
+
+def test_a_proxy_is_used_except_for_this_machine_and_redirects_are_not_followed(monkeypatch):
+    with serving(FOUND) as (proxy, proxied), serving(FOUND, host="0.0.0.0") as (port, asked):
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        for host in ("127.0.0.1", "localhost", "127.8.9.10", "[::ffff:127.0.0.1]", "0.0.0.0"):
+            assert quick(f"http://{host}:{port}")("x", 1) == ["a"]
+        assert (len(asked), len(proxied)) == (5, 0) and quick("http://retriever.test")("x", 1) == ["a"]
+        assert (len(asked), len(proxied)) == (5, 1)
+        if socket.has_ipv6:
+            with serving(FOUND, host="::1") as (other, _):
+                assert quick(f"http://[::1]:{other}/")("x", 1) == ["a"]
+        for status in (301, 302, 303, 307, 308):
+            with serving((status, {"Location": f"http://localhost:{port}/retrieve"}, "")) as (other, _):
+                refused(f"status {status}, a redirect, which is not", quick(f"http://127.0.0.1:{other}"), "x", 1)
+        assert len(asked) == 5
+
+
+@pytest.mark.parametrize("replies, found, tries", [
+    ([(200, {}, '{"result": []}')], [], 1), ([(200, {}, '{"result": [[]]}')], [], 1),
+    ([(429, {"Retry-After": "0"}, ""), (503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, ""), FOUND], ["a"], 3),
+    ([(429, {"Retry-After": "99999"}, ""), (500, {"Retry-After": "soon"}, ""), FOUND], ["a"], 3),
+    ([(429, {}, "")], "no answer in 3 tries, .*status 429", 3), ([(408, {}, "")], "refused with status 408", 2),
+    ([(200, {"Content-Length": "9999999"}, "{}")], "no answer in 3 tries, .*IncompleteRead", 3),
+    ([(200, {}, json.dumps({"result": [[{"contents": "a" * 2000}]]}))], "the answer is longer than 1000 bytes", 2),
+    ([b" "], "no answer in .* tries, within 0.3 s; .*BadStatusLine|timed out", None),
+    ([b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n"], "no answer in .* tries, within 0.3 s; .*timed out", None),
+    ([b"HTTP/1.1 200 OK\r\nX: " + b"x" * 9999], "no answer in .* tries, within 0.3 s; .*timed out", None)])
+def test_a_search_ends_by_its_deadline_and_what_may_pass_is_tried_again(monkeypatch, replies, found, tries):
+    monkeypatch.setattr(retrieval, "ANSWER_LIMIT", 1000)
+    monkeypatch.setattr(retrieval, "RETRY_AFTER_LIMIT", 0.01)
+    with serving(*replies) as (port, requests):
+        search = quick(f"http://127.0.0.1:{port}", timeout=0.3 if tries is None else 5)
+        if isinstance(found, list):
+            assert search("x", 1) == found
+        else:
+            refused(found, search.probe, kind=(ConnectionError, ValueError))
+        assert tries in (None, len(requests))
+
+
+def test_a_password_in_the_address_is_sent_and_never_shown(monkeypatch):
+    with serving(FOUND, (403, {}, ""), (500, {}, "")) as (port, requests):
+        search = quick(f"http://me:s%40cret@127.0.0.1:{port}/api/retrieve?key=s%40cret")
+        search.probe()
+        assert base64.b64decode(requests[0]["Authorization"].removeprefix("Basic ")) == b"me:s@cret"
+        for _ in range(2):
+            assert "cret" not in refused(f"http://127.0.0.1:{port}/api/retrieve.*", search.probe,
+                                         kind=(ConnectionError, ValueError))
+        search = quick(f"https://me:cret@127.0.0.1:{port}")
+        assert "cret" not in refused("no answer .*SSL", search.probe, kind=ConnectionError)
+    for url in ("me:cret@host", "http://me:c/ret@host:x", "ftp://me:cret@host", "http://me:cret@", "http://me:cret@[::1",
+                "http://me:cret@host:99999999", "http://me:cret@ho st", "http://me:cret@host\n", "//me:cret@host"):
+        sentence = refused("address must be like http", retrieval.Retriever, url)
+        assert "cret" not in sentence and "c/ret" not in sentence and "cret" not in retrieval.masked_url(url)
+    assert retrieval.masked_url("http://host:8000/retrieve") == "http://host:8000/retrieve"
 
 
 def test_the_command_serves_a_file_until_an_interrupt(tmp_path):
