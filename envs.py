@@ -745,9 +745,9 @@ def apply_action(game, facts, action):
         facts.remove(("opened", ids[0]))
     elif verb == "take":
         facts -= {("inreceptacle", *ids), ("objectatlocation", ids[0], place)}
-        facts |= {("holds", agent, ids[0]), ("holdsany", agent)}
+        facts |= {("holds", agent, ids[0]), ("holdsany", agent), ("not_inreceptacle", *ids)}
     elif verb == "put":
-        facts -= {("holds", agent, ids[0]), ("holdsany", agent)}
+        facts -= {("holds", agent, ids[0]), ("holdsany", agent), ("not_inreceptacle", *ids)}
         facts |= {("inreceptacle", *ids), ("objectatlocation", ids[0], place)}
     elif verb in APPLIANCES:
         _, _, gained, lost = APPLIANCES[verb]
@@ -797,9 +797,15 @@ def object_text(game, facts, obj):
 
 def look_text(game, facts, first=False):
     """What "look" says. Only the `first` look, which opens an episode, lists the room."""
-    here = game.receptacles.get(place_of(game, facts))
-    if here:                             # objects are always in a receptacle, so none is ever next to one
-        return f"You are facing the {list_names((game.names[r] for r in here), '')}. Next to it, you see nothing."
+    place = place_of(game, facts)
+    here = game.receptacles.get(place)
+    if here:
+        # The original lists what is here and is known not to be in a receptacle here. It knows so of those alone out of
+        # which an object was taken, so that one now in a receptacle beside them is listed, for each of them once.
+        beside = list_names(game.names[obj] for obj in game.objects if ("objectatlocation", obj, place) in facts
+                            for receptacle in here if ("not_inreceptacle", obj, receptacle) in facts)
+        facing = list_names((game.names[receptacle] for receptacle in here), "")
+        return f"You are facing the {facing}. Next to it, you see {beside}."
     seen = list_names(game.names[receptacle] for receptacle, _ in game.places) if first else "nothing"
     return f"You are in the middle of a room. Looking quickly around you, you see {seen}."
 

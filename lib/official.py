@@ -398,6 +398,7 @@ STATIC_PREDICATES = {
     "cancontain": 2, "objecttype": 2, "holdsanyreceptacleobject": 1, "full": 1, "cleanable": 1, "heatable": 1,
     "coolable": 1, "pickupable": 1, "moveable": 1, "toggleable": 1, "sliceable": 1}
 PREDICATES = DYNAMIC_PREDICATES | STATIC_PREDICATES
+OBJECT_TYPES = ("agent", "location", "receptacle", "object", "rtype", "otype")
 # What the rules and texts rely on: the argument types of the predicates that place objects.
 SIGNATURES = {"atlocation": ("agent", "location"), "receptacleatlocation": ("receptacle", "location"),
               "inreceptacle": ("object", "receptacle"), "holds": ("agent", "object")}
@@ -611,9 +612,14 @@ def entity_names(ids):
 
 def build_game(typed, initial, goal, task, task_type, where):
     """The `Game` of [(name, type)], facts and goal as nested lists, and the task's sentence and type."""
-    by_type = {}
+    by_type, declared = {kind: [] for kind in OBJECT_TYPES}, set()
     for name, kind in typed:
-        by_type.setdefault(kind, []).append(name)
+        if name in declared:
+            raise ValueError(f"{where}: {name!r} stands twice in (:objects ...); declare it once.")
+        if kind not in by_type:
+            raise ValueError(f"{where}: {name!r} has the unknown type {kind!r}; the types are {', '.join(by_type)}.")
+        declared.add(name)
+        by_type[kind].append(name)
     for fact in initial:
         check_fact(fact, by_type, where)
     facts = {tuple(fact) for fact in initial}

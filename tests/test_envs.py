@@ -287,6 +287,21 @@ def test_a_changed_file_is_read_again_and_texts_tell_where_one_is_and_what_was_d
     assert "\n\nYou are facing the " in envs.ALFWorld().reset(options={"game": path})[0]
 
 
+def test_look_lists_what_was_taken_out_of_a_receptacle_here_and_lies_in_another_as_the_original_does(tmp_path):
+    game, problem = data.load_game(game_file(tmp_path)), GAME["pddl_problem"]
+    place = {game.names[receptacle]: location for receptacle, location in game.places}
+    for name in ("shelf 1", "desk 1"):   # now at the dresser's place
+        problem = re.sub(f"{place[name]}\\)", f"{place['dresser 1']})", problem)
+    env = envs.ALFWorld()
+    env.reset(options={"game": game_file(tmp_path, pddl_problem=problem)})
+    env.step("go to dresser 1")
+    for commands, beside in CASES["beside"]:
+        for command in commands:
+            assert env.step(command)[-1]["valid"], command
+        seen = "You are facing the desk 1, dresser 1, and shelf 1. Next to it, you see "
+        assert env.step("look")[0] == f"{seen}{beside}.", commands
+
+
 def test_the_official_layout_is_read_and_what_its_loader_skips_is_counted(tmp_path):
     def add(split, name, task_type="look_at_obj_in_light", **changes):
         path = game_file(tmp_path / "json_2.1.1" / split / name, **changes)
