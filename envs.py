@@ -21,6 +21,7 @@ import numpy as np
 from rapidfuzz import fuzz, utils
 
 from lib import experts, server
+from lib.catalogue import official_shop, shop_of, split_goals, weighted_goal
 from lib.generated import SEARCH_TYPES, bundled_corpus, game_types, generate_game, search_questions, webshop_catalogue
 from lib.official import (
     ALFWORLD_SPLITS,
@@ -31,11 +32,8 @@ from lib.official import (
     GOAL_FIELDS,
     NOT_NOUNS,
     TASK_PREFIX,
-    build_goals,
-    build_products,
     check_folder,
     contents,
-    draw_prices,
     find_games,
     fits,
     held_object,
@@ -46,17 +44,12 @@ from lib.official import (
     normalize_answer,
     place_of,
     question_files,
-    read_catalogue,
-    split_goals,
-    weighted_goal,
 )
 from lib.retrieval import (
     HITS,
     Retriever,
     bm25,
-    build_postings,
     corpus_search,
-    product_document,
     read_corpus,
 )
 
@@ -443,43 +436,29 @@ def rich_text(parts, address, opened):
 
 # Data
 
-class Shop(NamedTuple):
-    """A catalogue. Shared between environments: not to be changed."""
-    products: dict                       # {asin: product} as after the official loader
-    nouns: Callable                      # title -> its nouns
-    held_out: set = frozenset()          # asins that only validation asks for
-
-
 @functools.lru_cache(maxsize=8)
 def load_shop(data, human_goals):
-    """The official catalogue in the folder `data`, or the generated one where it is None: the only place that asks."""
+    """(`Shop`, title -> nouns) of the official files in the folder `data`, or generated: the only place that asks."""
     if data is not None:
-        return Shop(build_products(read_catalogue(data, human_goals)), title_nouns)
+        return official_shop(data, human_goals), title_nouns
     catalogue = webshop_catalogue()
     # Generated titles are judged by the rule everywhere, so that a score does not depend on what is installed.
-    products = build_products(catalogue if human_goals else catalogue._replace(human=None))
-    return Shop(products, nouns_by_rule, catalogue.held_out)
+    return shop_of(catalogue if human_goals else catalogue._replace(human=None)), nouns_by_rule
 
 
 @functools.lru_cache(maxsize=8)
 def load_search(data, human_goals):
     """query -> at most 50 asins, best first; recent queries are remembered."""
-    products = load_shop(data, human_goals).products
-    postings = build_postings(list(products), map(product_document, products.values()))
-    return functools.lru_cache(maxsize=4096)(functools.partial(bm25, postings))
+    return functools.lru_cache(maxsize=4096)(functools.partial(bm25, load_shop(data, human_goals)[0].postings()))
 
 
 @functools.lru_cache(maxsize=64)
 def load_goals(data, human_goals, seed, shuffle_seed):
     """({asin: price}, shuffled goals), drawn as in the original. Shared between environments: not to be changed."""
-    products = load_shop(data, human_goals).products
-    rng = random.Random(seed)
-    prices = draw_prices(products, rng)
-    goals = build_goals(products, prices, human_goals, rng)
+    prices, goals = load_shop(data, human_goals)[0].draw(seed, shuffle_seed)
     if not goals:
         raise ValueError(f"The WebShop data in {data} give no {'human' if human_goals else 'synthetic'} goal; at least "
                          "one product needs an instruction.")
-    random.Random(shuffle_seed).shuffle(goals)
     return prices, goals
 
 
@@ -515,12 +494,13 @@ class WebShop(TextEnv):
         if observation_mode not in ("text", "text_rich"):
             raise ValueError(f"observation_mode must be 'text' or 'text_rich', not {observation_mode!r}.")
         source = (None if data is None else str(data)), bool(human_goals)
-        self.products, own_nouns, held_out = load_shop(*source)
+        self.shop, own_nouns = load_shop(*source)
+        self.products = self.shop.products
         self.price, self.goals = load_goals(*source, seed, shuffle_seed)
         self.search, self.draws_random = search or load_search(*source), search is None
         self.nouns = nouns or own_nouns
         self.observation_mode, self.show_attrs = observation_mode, bool(show_attrs)
-        self.splits = split_goals(self.goals, held_out)
+        self.splits = split_goals(self.goals, self.shop.held_out)
         self.page = None
 
     def reset(self, *, seed=None, options=None):
@@ -621,11 +601,11 @@ class WebShop(TextEnv):
         """The asins for a query: "<r>" random ones, "<c> word" a category, "<q> words" a query, else a search."""
         mark, *words = query.split(" ")
         if mark == "<r>" and self.draws_random:
-            return self.np_random.permutation(list(self.products))[:HITS].tolist()
+            return self.shop.asins[self.np_random.permutation(len(self.products))[:HITS]].tolist()
         if mark == "<c>":                # without a word, and for "<a>", the original raises; here nothing is found
-            return [asin for asin, product in self.products.items() if words and product["category"] == words[0]]
+            return self.shop.where("category", words[0]) if words else []
         if mark == "<q>":
-            return [asin for asin, product in self.products.items() if product["query"] == " ".join(words).strip()]
+            return self.shop.where("query", " ".join(words).strip())
         if mark == "<a>":
             return []
         return [asin for asin in self.search(query) if asin in self.products][:HITS]
@@ -675,10 +655,13 @@ class WebShop(TextEnv):
     @property
     def task_types(self):
         """The departments of the goals: what `info["task_type"]` can be."""
-        return tuple(sorted({goal["category"] for goal in self.goals}))
+        return tuple(self.shop.categories)
 
     def types_of(self, split):
         return [self.goals[number]["category"] for number in self.splits[self.check_split(split, self.splits)]]
+
+    def num_tasks(self, split):
+        return len(self.splits[self.check_split(split, self.splits)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -791,9 +774,9 @@ def apply_action(game, facts, action):
         facts.remove(("opened", ids[0]))
     elif verb == "take":
         facts -= {("inreceptacle", *ids), ("objectatlocation", ids[0], place)}
-        facts |= {("holds", agent, ids[0]), ("holdsany", agent)}
+        facts |= {("holds", agent, ids[0]), ("holdsany", agent), ("not_inreceptacle", *ids)}
     elif verb == "put":
-        facts -= {("holds", agent, ids[0]), ("holdsany", agent)}
+        facts -= {("holds", agent, ids[0]), ("holdsany", agent), ("not_inreceptacle", *ids)}
         facts |= {("inreceptacle", *ids), ("objectatlocation", ids[0], place)}
     elif verb in APPLIANCES:
         _, _, gained, lost = APPLIANCES[verb]
@@ -843,9 +826,15 @@ def object_text(game, facts, obj):
 
 def look_text(game, facts, first=False):
     """What "look" says. Only the `first` look, which opens an episode, lists the room."""
-    here = game.receptacles.get(place_of(game, facts))
-    if here:                             # objects are always in a receptacle, so none is ever next to one
-        return f"You are facing the {list_names((game.names[r] for r in here), '')}. Next to it, you see nothing."
+    place = place_of(game, facts)
+    here = game.receptacles.get(place)
+    if here:
+        # The original lists what is here and is known not to be in a receptacle here. It knows so of those alone out of
+        # which an object was taken, so that one now in a receptacle beside them is listed, for each of them once.
+        beside = list_names(game.names[obj] for obj in game.objects if ("objectatlocation", obj, place) in facts
+                            for receptacle in here if ("not_inreceptacle", obj, receptacle) in facts)
+        facing = list_names((game.names[receptacle] for receptacle in here), "")
+        return f"You are facing the {facing}. Next to it, you see {beside}."
     seen = list_names(game.names[receptacle] for receptacle, _ in game.places) if first else "nothing"
     return f"You are in the middle of a room. Looking quickly around you, you see {seen}."
 

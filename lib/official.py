@@ -5,14 +5,16 @@ of alfworld 0.4.2, read into a `Game`. Search-QA: the question rows of Search-R1
 same functions. Malformed files raise ValueError, and missing ones FileNotFoundError, with one sentence that says what
 is wrong, where, and what to do.
 """
-import bisect
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import string
+import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,25 +22,103 @@ from typing import NamedTuple
 # JSON
 # ---------------------------------------------------------------------------------------------------------------------
 
+READ_AT_ONCE = 1 << 22                   # bytes
+LARGEST_ENTRY = 1 << 26                  # characters of an entry of a list that is read one by one
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
 def parse_json(data, kind, where):
     """The `kind` (dict or list) in bytes of UTF-8 JSON; `where` names the file, and the line if there are several."""
     try:
-        content = json.loads(data.decode("utf-8"))
+        text = data.decode("utf-8")
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not UTF-8 JSON: {error}; download or write it again.") from error
+        raise not_json(where, error) from error
+    if SURROGATE.search(text):
+        check_text(content, where)
     if not isinstance(content, kind):
         raise ValueError(f"{where} holds a {type(content).__name__} where a {kind.__name__} is expected; give a file "
                          "in the official format.")
     return content
 
 
+def not_json(where, error):
+    return ValueError(f"{where} is not UTF-8 JSON: {error}; download or write it again.")
+
+
+def check_text(content, where):
+    """Raises ValueError for half of a surrogate pair in parsed JSON, which can be neither printed nor tokenized."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds {error.object[error.start]!a}, half of a surrogate pair, which is not a "
+                         "character; remove it, or write the file again.") from error
+
+
+def regular_file(path, content):
+    """`path` as a `Path`, which must be a file and not a folder, pipe or device; `content` says what is expected."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {path}; give the path of {content}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} cannot be read: it is not a regular file; give the path of {content}.")
+    return path
+
+
 def read_json_file(path, kind):
     """The content of a JSON file, which must be a `kind` (dict or list)."""
+    path = regular_file(path, "a JSON file")
     try:
-        data = Path(path).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise FileNotFoundError(f"{path} cannot be read ({error.strerror}); give the path of a JSON file.") from error
     return parse_json(data, kind, path)
+
+
+def read_json_list(path, progress=None):
+    """Yields the entries of a JSON file that holds one list, of which it never holds more than a few.
+
+    progress: a tqdm bar that counts bytes.
+    """
+    with open(regular_file(path, "a JSON file"), encoding="utf-8") as file:
+        try:
+            start = file.read(64).lstrip()
+            if start[:1] == "[":
+                yield from parse_entries(start[1:], file, path, progress)
+                return
+        except (ValueError, RecursionError) as error:
+            raise error if type(error) is ValueError else not_json(path, error) from error
+    yield from read_json_file(path, list)        # it is none, and so refused like any other file
+
+
+def parse_entries(text, file, path, progress):
+    """Yields the entries of a list whose text is `text` and what follows in the file. Raises json.JSONDecodeError."""
+    decode, blanks = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    start, count, at_end, last = 0, 0, False, False
+    while not last:
+        try:
+            start = blanks.match(text, start).end()
+            if not count and text[start:start + 1] == "]":
+                start, last = start + 1, True
+                continue
+            entry, end = decode(text, start)
+            after = blanks.match(text, end).end()
+            if text[after:after + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, after)
+        except json.JSONDecodeError as error:    # maybe the text read so far ends within the entry
+            if at_end or len(text) - start > LARGEST_ENTRY:
+                raise json.JSONDecodeError(f"{error.msg} at entry {count}", text, error.pos) from error
+            part = file.read(READ_AT_ONCE)
+            text, start, at_end = text[start:] + part, 0, not part
+            if progress is not None:
+                progress.update(file.buffer.tell() - progress.n)
+            continue
+        if SURROGATE.search(text, start, end):
+            check_text(entry, f"{path}, entry {count}")
+        yield entry
+        start, last, count = after + 1, text[after] == "]", count + 1
+    if (text[start:] + file.read()).strip():
+        raise json.JSONDecodeError("Extra data after the list", text, start)
 
 
 def read_jsonl(path):
@@ -109,21 +189,24 @@ NOT_NOUNS = frozenset({
 
 class Catalogue(NamedTuple):
     """The content of the official files, and what errors call them."""
-    items: list                          # items_shuffle.json: one dict per product
+    items: Iterable                      # items_shuffle.json: one dict per product; of a file they are read one by one
     attributes: dict                     # items_ins_v2.json: {asin: attributes and the synthetic instruction}
     human: dict | None                   # items_human_ins.json: {asin: [instructions]}; None: synthetic goals
     names: tuple = ("items", "attributes", "human")
     held_out: set = frozenset()          # asins that only validation asks for; none where the order of goals decides
 
 
-def read_catalogue(folder, human_goals):
-    """The `Catalogue` in a folder with the official files; the human file is needed for human goals only."""
+def catalogue_files(folder, human_goals):
+    """The paths of the official files in a folder; the human file is needed for human goals only."""
     folder = check_folder(folder, "the official WebShop files")
-    wanted = [("items_shuffle*.json", list), ("items_ins_v2*.json", dict)]
-    wanted += [("items_human_ins*.json", dict)] if human_goals else []
-    paths = [find_file(folder, pattern) for pattern, _ in wanted]
-    contents = [read_json_file(path, kind) for path, (_, kind) in zip(paths, wanted, strict=True)]
-    return Catalogue(*contents[:2], contents[2] if human_goals else None, tuple(path.name for path in paths))
+    names = ["items_shuffle", "items_ins_v2"] + ["items_human_ins"] * human_goals
+    return [find_file(folder, f"{name}*.json") for name in names]
+
+
+def read_catalogue(paths, progress=None):
+    """The `Catalogue` in the files of `catalogue_files`; progress: a tqdm bar that counts bytes of products."""
+    rest = [read_json_file(path, dict) for path in paths[1:]]
+    return Catalogue(read_json_list(paths[0], progress), *(rest + [None])[:2], tuple(path.name for path in paths))
 
 
 def find_file(folder, pattern):
@@ -137,23 +220,29 @@ def find_file(folder, pattern):
     return matches[0]
 
 
-def build_products(catalogue):
-    """{asin: product} in the order of the file, as the original's loader leaves them."""
+def read_products(catalogue):
+    """Yields every product in the order of the file, as the original's loader leaves it."""
     items_name, attributes_name, *human_name = catalogue.names
-    products = {}
+    seen = set()
     for number, entry in enumerate(catalogue.items):
         if not isinstance(entry, dict):
             raise ValueError(f"{items_name}, entry {number}: a product must be an object, not {entry!r:.60}.")
         asin = checked(entry, "asin", str, f"{items_name}, entry {number}")
-        if asin == "nan" or len(asin) > 10 or asin in products:      # the original's filter
+        if asin == "nan" or len(asin) > 10 or asin in seen:          # the original's filter
             continue
+        seen.add(asin)
         product = load_product(entry, f"{items_name}, entry {number} ({asin})")
-        products[asin] = product | load_instructions(asin, catalogue, f"{attributes_name}, {asin}")
+        product |= load_instructions(asin, catalogue, f"{attributes_name}, {asin}")
         if catalogue.human is not None:
-            check_human_instructions(products[asin].get("instructions", []), f"{human_name[0]}, {asin}")
-    if not products:
+            check_human_instructions(product.get("instructions", []), f"{human_name[0]}, {asin}")
+        yield product
+    if not seen:
         raise ValueError(f"{items_name} holds no product with a usable asin; give a file with at least one.")
-    return products
+
+
+def build_products(catalogue):
+    """{asin: product} in the order of the file."""
+    return {product["asin"]: product for product in read_products(catalogue)}
 
 
 def load_product(entry, where):
@@ -247,86 +336,48 @@ COPIED_FIELDS = ("asin", "category", "query", "name", "product_category")
 GOAL_FIELDS = {*COPIED_FIELDS, "instruction_text", "attributes", "price_upper", "goal_options"}
 
 
-def draw_prices(products, rng):
-    """{asin: price}; the price of a range is drawn uniformly between its ends, once for all episodes."""
-    return {asin: product["pricing"][0] if len(product["pricing"]) == 1 else rng.uniform(*product["pricing"])
-            for asin, product in products.items()}
+NO_BOUND = 1000000                       # the bound of a goal without one
 
 
 def draw_price_bound(price, rng):
-    """(upper price of a goal, the phrase about it): the larger of two of the next four tens above the price."""
-    candidates = [bound for bound in (10.0 * step for step in range(1, 100)) if bound > price][:4]
-    if len(candidates) < 2:
-        return 1000000, ""
-    upper = max(rng.sample(candidates, 2))
-    return upper, f", and price lower than {upper:.2f} dollars"
+    """The upper price of a goal: the larger of two of the next four tens above the price, which end at 990."""
+    first = math.floor(price / 10) + 1 if price < 990 else 100
+    candidates = [10.0 * step for step in range(first, min(first + 4, 100))]
+    return max(rng.sample(candidates, 2)) if len(candidates) > 1 else NO_BOUND
 
 
-def make_goal(product, instruction, attributes, price_upper, options):
+def price_phrase(bound):
+    return f", and price lower than {bound:.2f} dollars" if bound < NO_BOUND else ""
+
+
+def make_goal(product, instruction, attributes, bound, options):
     return {**{field: product[field] for field in COPIED_FIELDS}, "instruction_text": instruction,
-            "attributes": attributes, "price_upper": price_upper, "goal_options": options}
+            "attributes": attributes, "price_upper": bound if bound < NO_BOUND else NO_BOUND, "goal_options": options}
 
 
-def human_goals_of(product, price, rng):
-    """One goal per human instruction that names attributes; its options are a list of values."""
-    goals = []
-    for entry in product.get("instructions", []):
-        if entry["instruction_attributes"]:
-            upper, phrase = draw_price_bound(price, rng)
-            goals.append(make_goal(product, entry["instruction"].strip(".") + phrase, entry["instruction_attributes"],
-                                   upper, entry["instruction_options"]))
-    return goals
+def kept_instructions(product, human_goals):
+    """The instructions of which goals are made: people's as entries of the file, of a synthetic one its attributes."""
+    if human_goals:
+        return [entry for entry in product.get("instructions", []) if entry["instruction_attributes"]]
+    return [product["instruction_attributes"]] if product["instruction_text"] is not None else []
 
 
-def synthetic_goals_of(product, price, rng):
+def human_goals_of(product, bounds):
+    """One goal per human instruction that names attributes, each with its price bound; options are a list of values."""
+    return [make_goal(product, entry["instruction"].strip(".") + price_phrase(bound), entry["instruction_attributes"],
+                      bound, entry["instruction_options"])
+            for entry, bound in zip(kept_instructions(product, True), bounds, strict=True)]
+
+
+def synthetic_goals_of(product, bounds):
     """One goal per combination of option values, all with one price bound; its options are {name: value}."""
-    if product["instruction_text"] is None:
-        return []
-    upper, phrase = draw_price_bound(price, rng)
-    names = sorted(product["options"])
-    goals = []
+    names, goals = sorted(product["options"]), []
     for values in itertools.product(*(product["options"][name] for name in names)):
         options = dict(zip(names, values, strict=True))
         wish = ", and ".join(f"{name}: {value}" for name, value in options.items())
-        text = product["instruction_text"] + (f" with {wish}" if wish else "") + phrase
-        goals.append(make_goal(product, text, product["instruction_attributes"], upper, options))
+        text = product["instruction_text"] + (f" with {wish}" if wish else "") + price_phrase(bounds[0])
+        goals.append(make_goal(product, text, product["instruction_attributes"], bounds[0], options))
     return goals
-
-
-def build_goals(products, prices, human_goals, rng):
-    """All goals in the order of the products.
-
-    `weight` is 1 for human goals, else the mean inverse frequency of the goal's attributes.
-    """
-    goals_of = human_goals_of if human_goals else synthetic_goals_of
-    goals = [goal for asin, product in products.items() for goal in goals_of(product, prices[asin], rng)]
-    frequency = Counter(attribute for goal in goals for attribute in goal["attributes"])
-    for goal in goals:
-        rarity = sum(1 / frequency[attribute] for attribute in goal["attributes"])
-        goal["weight"] = 1 if human_goals else rarity / len(goal["attributes"])
-    return goals
-
-
-VAL_GOALS = 500                          # the first 500 official goals of the fixed order are held out
-
-
-def split_goals(goals, held_out):
-    """{split: indices of its goals}: by product where some are held out, else the first 500 goals or half are "val"."""
-    if held_out:
-        return {split: [number for number, goal in enumerate(goals) if (goal["asin"] in held_out) == (split == "val")]
-                for split in ("val", "train")}
-    first_train = VAL_GOALS if len(goals) >= 2 * VAL_GOALS else len(goals) // 2
-    return {"val": range(first_train), "train": range(first_train, len(goals))}
-
-
-def weighted_goal(goals, rng):
-    """The index of the goal that the original plays when none is asked for.
-
-    Its table of cumulative weights begins with a zero, so goal i is drawn with the weight of goal i - 1 and goal 0
-    never.
-    """
-    cumulative = [0, *itertools.accumulate(goal["weight"] for goal in goals)]
-    return min(bisect.bisect(cumulative, rng.uniform(0, cumulative[-1])), len(goals) - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,6 +399,7 @@ STATIC_PREDICATES = {
     "cancontain": 2, "objecttype": 2, "holdsanyreceptacleobject": 1, "full": 1, "cleanable": 1, "heatable": 1,
     "coolable": 1, "pickupable": 1, "moveable": 1, "toggleable": 1, "sliceable": 1}
 PREDICATES = DYNAMIC_PREDICATES | STATIC_PREDICATES
+OBJECT_TYPES = ("agent", "location", "receptacle", "object", "rtype", "otype")
 # What the rules and texts rely on: the argument types of the predicates that place objects.
 SIGNATURES = {"atlocation": ("agent", "location"), "receptacleatlocation": ("receptacle", "location"),
               "inreceptacle": ("object", "receptacle"), "holds": ("agent", "object")}
@@ -561,9 +613,14 @@ def entity_names(ids):
 
 def build_game(typed, initial, goal, task, task_type, where):
     """The `Game` of [(name, type)], facts and goal as nested lists, and the task's sentence and type."""
-    by_type = {}
+    by_type, declared = {kind: [] for kind in OBJECT_TYPES}, set()
     for name, kind in typed:
-        by_type.setdefault(kind, []).append(name)
+        if name in declared:
+            raise ValueError(f"{where}: {name!r} stands twice in (:objects ...); declare it once.")
+        if kind not in by_type:
+            raise ValueError(f"{where}: {name!r} has the unknown type {kind!r}; the types are {', '.join(by_type)}.")
+        declared.add(name)
+        by_type[kind].append(name)
     for fact in initial:
         check_fact(fact, by_type, where)
     facts = {tuple(fact) for fact in initial}
@@ -700,8 +757,9 @@ class Question(NamedTuple):
 
 
 def normalize_answer(text):
-    """Lower-cased, without ASCII punctuation and the articles a, an and the, with single spaces (SQuAD's rule)."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    """Lower-cased NFC without ASCII punctuation and the articles a, an and the, with single spaces (SQuAD's rule)."""
+    text = unicodedata.normalize("NFC", text.lower())
+    text = "".join(character for character in text if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 

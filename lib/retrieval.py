@@ -3,14 +3,23 @@
 BM25 has the constants of Anserini (k1 0.9, b 0.4) and Lucene's idf, with an analyser of our own. The protocol is that
 of Search-R1's retrieval server: POST /retrieve.
 """
+import base64
+import email.utils
 import functools
 import http.client
 import http.server
+import io
+import ipaddress
 import json
 import re
+import ssl
+import sys
 import time
+import unicodedata
 import urllib.error
+import urllib.parse
 import urllib.request
+from array import array
 from collections import Counter
 from typing import NamedTuple
 
@@ -19,9 +28,11 @@ import numpy as np
 from lib.official import read_jsonl
 
 HITS = 50                                # results of a WebShop search, as in the original
-RETRIEVER_TIMEOUT = 30.0                 # seconds for one try
-RETRIEVER_TRIES = 3                      # on a refused connection, a time-out or a status of 500 and above
+RETRIEVER_TIMEOUT = 60.0                 # seconds for one search, tries and pauses included
+RETRIEVER_TRIES = 3                      # on a refused connection, a time-out or a status of 429 or 500 and above
 RETRIEVER_PAUSE = 1.0                    # seconds before the second try, twice as many before the third
+RETRY_AFTER_LIMIT = 10.0                 # seconds that a server can make a try wait
+ANSWER_LIMIT = 1 << 24                   # bytes of a server's answer
 REQUEST_LIMIT = 1 << 20                  # bytes of a request that the server reads
 
 STOP_WORDS = frozenset({
@@ -34,34 +45,83 @@ STOP_WORDS = frozenset({
 # BM25
 # ---------------------------------------------------------------------------------------------------------------------
 
+HAN = "\u3005-\u3007\u3041-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"   # and Hiragana
+
+
+@functools.cache
+def word_pattern():
+    """What a word is beyond ASCII, as in Lucene's StandardTokenizer: Han and Hiragana one by one, others in runs.
+
+    Combining marks and joiners belong to the letter before them; \\w has neither. The table takes 0.1 s, once.
+    """
+    marks = "".join(map(chr, (code for code in range(0x300, sys.maxunicode + 1)
+                              if unicodedata.category(chr(code))[0] == "M"))) + "\u200c\u200d"
+    return re.compile(f"[{HAN}]|[^\\W_{HAN}](?:[^\\W_{HAN}]|[{marks}])*")
+
+
 def search_terms(text):
-    """Lower-cased alphanumeric words without stop words; a plural "s" is cut, so that "lamps" finds "lamp"."""
-    words = (word for word in re.findall(r"[^\W_]+", text.lower()) if word not in STOP_WORDS)
+    """Lower-cased alphanumeric words without stop words; a plural "s" is cut, so that "lamps" finds "lamp".
+
+    Equal texts in different Unicode forms give equal terms (NFC); Han characters are terms of their own.
+    """
+    text = text.lower()
+    found = (re.findall(r"[^\W_]+", text) if text.isascii()
+             else word_pattern().findall(unicodedata.normalize("NFC", text)))
+    words = (word for word in found if word not in STOP_WORDS)
     return [word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words]
 
 
 class Postings(NamedTuple):
-    """An inverted index: per term the documents that hold it and what it adds to their scores."""
-    ids: list                            # document number -> identifier
-    terms: dict                          # term -> (document numbers [n] int32 ascending, weights [n] fp32)
+    """An inverted index: per term the documents that hold it and what it adds to their scores.
+
+    Term number t has the entries starts[t] to starts[t + 1] of `documents` and `weights`. The arrays of a stored index
+    are memory-mapped, so that a search reads only what it needs.
+    """
+    ids: np.ndarray                      # document number -> identifier
+    terms: dict                          # term -> its number
+    starts: np.ndarray                   # [number of terms + 1] int64
+    documents: np.ndarray                # [entries] int32, ascending within a term
+    weights: np.ndarray                  # [entries] fp32
 
 
 def build_postings(ids, texts, *, k1=0.9, b=0.4):
-    """The `Postings` of `texts` under `ids`, with Lucene's idf, ln(1 + (N - df + 0.5) / (df + 0.5))."""
-    counts = {}
-    lengths = np.zeros(len(ids))
-    for number, text in enumerate(texts):
-        terms = search_terms(text)
-        lengths[number] = len(terms)
-        for term, count in Counter(terms).items():
-            counts.setdefault(term, []).append((number, count))
+    """The `Postings` of `texts` under `ids`, with Lucene's idf, ln(1 + (N - df + 0.5) / (df + 0.5)).
+
+    texts may be an iterator: no more than one is held, and 20 bytes or so for each of its different terms.
+    """
+    terms, numbers, counts, sizes, lengths = {}, array("i"), array("i"), array("i"), array("i")
+    for text in texts:
+        found = Counter(search_terms(text))
+        numbers.extend([terms.setdefault(term, len(terms)) for term in found])
+        counts.extend(found.values())
+        sizes.append(len(found))
+        lengths.append(found.total())
+    numbers, counts, sizes, lengths = (np.array(values, dtype=np.int32) for values in (numbers, counts, sizes, lengths))
+    frequency = np.bincount(numbers, minlength=len(terms))
+    order = np.argsort(numbers, kind="stable")       # by term, and documents in their order within one
+    documents = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[order]
+    idf = np.log(1 + (len(sizes) - frequency + 0.5) / (frequency + 0.5))
     penalty = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))
-    postings = {}
-    for term, entries in counts.items():
-        numbers, tf = np.array(entries, dtype=np.int32).T
-        idf = np.log(1 + (len(ids) - len(entries) + 0.5) / (len(entries) + 0.5))
-        postings[term] = numbers, (idf * tf / (tf + penalty[numbers])).astype(np.float32)
-    return Postings(list(ids), postings)
+    weights = np.empty(len(order), dtype=np.float32)
+    for first in range(0, len(order), 1 << 20):      # in parts, as the fp64 between would take five times the memory
+        part = slice(first, first + (1 << 20))
+        tf = counts[order[part]]
+        weights[part] = idf[numbers[order[part]]] * tf / (tf + penalty[documents[part]])
+    return Postings(np.array(list(ids)), terms, np.append(0, np.cumsum(frequency)), documents, weights)
+
+
+def save_postings(postings, folder):
+    """Writes all of an index except its ids."""
+    for name in ("starts", "documents", "weights"):
+        np.save(folder / f"search_{name}.npy", getattr(postings, name))
+    (folder / "search_terms.txt").write_text("\n".join(postings.terms), encoding="utf-8")
+
+
+def load_postings(folder, ids):
+    """The `Postings` that `save_postings` wrote, memory-mapped."""
+    terms = (folder / "search_terms.txt").read_text(encoding="utf-8").split("\n")
+    arrays = [np.load(folder / f"search_{name}.npy", mmap_mode="r") for name in ("starts", "documents", "weights")]
+    return Postings(ids, {term: number for number, term in enumerate(terms)}, *arrays)
 
 
 def bm25_scores(postings, query):
@@ -69,8 +129,9 @@ def bm25_scores(postings, query):
     scores = np.zeros(len(postings.ids), dtype=np.float32)
     for term in search_terms(query):
         if term in postings.terms:
-            numbers, weights = postings.terms[term]
-            scores[numbers] += weights
+            number = postings.terms[term]
+            entries = slice(postings.starts[number], postings.starts[number + 1])
+            scores[postings.documents[entries]] += postings.weights[entries]
     return scores
 
 
@@ -81,7 +142,7 @@ def bm25(postings, query, k=HITS):
     if len(hits) > k:                    # sort only what can be among the best k
         hits = hits[scores[hits] >= np.partition(scores[hits], -k)[-k]]
     best = hits[np.argsort(-scores[hits], kind="stable")][:k]
-    return tuple(postings.ids[number] for number in best)
+    return tuple(postings.ids[best].tolist())
 
 
 def product_document(product):
@@ -132,11 +193,30 @@ def corpus_search(corpus, query, topk):
 # Client and server
 # ---------------------------------------------------------------------------------------------------------------------
 
+def masked_url(url):
+    """An address as it may be shown and stored: without user, password and query.
+
+    >>> masked_url("https://me:secret@host:8000/retrieve?key=5")
+    'https://***@host:8000/retrieve?***'
+    """
+    return re.sub(r"\?.*", "?***", re.sub(r"^(\w*://)?.*@", r"\1***@", url, flags=re.DOTALL), flags=re.DOTALL)
+
+
+def is_this_host(host):
+    """Whether a server's name or address is this machine's own, which no proxy can reach for us."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
+
+
 def result_passages(reply):
     """The passages in the JSON text of a server's answer to one query. Raises ValueError if it has another form."""
     try:
-        entries = json.loads(reply)["result"][0]
-        passages = [entry.get("document", entry)["contents"] for entry in entries]
+        result = json.loads(reply)["result"]
+        passages = [entry.get("document", entry)["contents"] for entry in (result[0] if result != [] else [])]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError('the answer is not of the form {"result": [[{"document": {"contents": ..}}]]} '
                          f"({type(error).__name__})") from error
@@ -145,48 +225,160 @@ def result_passages(reply):
     return passages
 
 
+def retry_after(headers):
+    """Seconds that a server asks to wait (a number or a date), or None."""
+    text = headers.get("Retry-After") or ""
+    try:
+        return float(text) if text.strip().isdecimal() else (
+            email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError):      # what parsedate_to_datetime raises where there is no date
+        return None
+
+
+class TimedReader(io.RawIOBase):
+    """What a socket receives until a moment of time.monotonic(), however slowly it comes; then TimeoutError."""
+
+    def __init__(self, raw, sock, deadline):
+        self.raw, self.sock, self.deadline = raw, sock, deadline
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self.sock.settimeout(left)
+        return self.raw.readinto(buffer)
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+class TimedResponse(http.client.HTTPResponse):
+    def __init__(self, sock, *args, deadline, **kwargs):
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(TimedReader(self.fp.detach(), sock, deadline))
+
+
+class TimedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Opens http and https addresses; the answer, headers included, must be there by request.deadline."""
+
+    def __init__(self):
+        self.context = ssl.create_default_context()
+        super().__init__(context=self.context)
+
+    def connected(self, kind, deadline, *args, **kwargs):
+        connection = kind(*args, **kwargs)
+        connection.response_class = functools.partial(TimedResponse, deadline=deadline)
+        return connection
+
+    def http_open(self, request):
+        return self.do_open(functools.partial(self.connected, http.client.HTTPConnection, request.deadline), request)
+
+    def https_open(self, request):
+        return self.do_open(functools.partial(self.connected, http.client.HTTPSConnection, request.deadline), request,
+                            context=self.context)
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the question, and the password, to a host that the user has not named."""
+
+    def redirect_request(self, *args):
+        return None                      # urllib then treats the status as an error
+
+
 class Retriever:
     """Client of a server that answers POST /retrieve, ours or Search-R1's or SDAR's: (query, topk) -> passages.
 
     Search-R1's server reads a list under "queries", SDAR's a text under "query": the first that is understood is kept.
+    url: maybe with user and password, which no message shows. timeout: seconds for a search, its tries and pauses
+    included. tries: a refused connection, a time-out, and a status of 429 or from 500 are tried again, after `pause`
+    seconds, twice as many, .. or as many as the server asks for. A proxy of the environment is used except for this
+    machine; redirects are not followed.
     Raises ConnectionError if no try succeeds and ValueError for a refusal or an answer of another form.
     """
 
     def __init__(self, url, *, timeout=RETRIEVER_TIMEOUT, tries=RETRIEVER_TRIES, pause=RETRIEVER_PAUSE):
-        if not re.match(r"https?://[^/]", url):
-            raise ValueError(f"The retriever's address must be like http://127.0.0.1:8000, not {url!r}.")
-        self.url = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
+        parts = split_address(url)
+        path = parts.path.rstrip("/").removesuffix("/retrieve") + "/retrieve"
+        address = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=urllib.parse.quote(path, safe="/%"))
+        self.url, self.shown = address.geturl(), masked_url(address.geturl())
+        self.headers = {"Content-Type": "application/json"}
+        if parts.username is not None:
+            secret = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+            self.headers["Authorization"] = f"Basic {base64.b64encode(secret.encode()).decode()}"
+        proxies = [urllib.request.ProxyHandler({})] if is_this_host(parts.hostname) else []
+        self.opener = urllib.request.build_opener(TimedHandler, NoRedirect, *proxies)
         self.timeout, self.tries, self.pause = timeout, tries, pause
         self.key = None                  # of the query in a request, once one has worked
 
+    def probe(self):
+        """Searches once and forgets the answer, so that a server that is not there is noticed before it is needed."""
+        self("probe", 1)
+
     def __call__(self, query, topk):
+        deadline = time.monotonic() + self.timeout
         forms, refusals = {"queries": [query], "query": query}, []
         for key in [self.key] if self.key else forms:
             try:
-                passages = result_passages(self._post({key: forms[key], "topk": topk, "return_scores": True}))
+                body = {key: forms[key], "topk": topk, "return_scores": True}
+                passages = result_passages(self._post(json.dumps(body).encode(), deadline))
             except ValueError as error:
                 refusals.append(error)
                 continue
             self.key = key
             return passages
-        raise ValueError(f"{self.url}: {refusals[0]}")
+        raise ValueError(f"{self.shown}: {refusals[0]}")
 
-    def _post(self, body):
-        """The text of the answer."""
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        for number in range(self.tries):
-            time.sleep(self.pause * number)
+    def _post(self, body, deadline):
+        """The bytes of the answer to a request whose body is `body`."""
+        number, left, reason = 0, deadline - time.monotonic(), "timed out"
+        while number < self.tries and left > 0:
+            number += 1
+            limit = left if number == self.tries else left / 2       # a try that hangs leaves time for another
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                    return reply.read()
+                return self._try(body, limit)
             except urllib.error.HTTPError as error:
                 error.close()
-                if error.code < 500:
-                    raise ValueError(f"the request was refused with status {error.code}") from error
-                reason = f"status {error.code}"
+                if error.code < 500 and error.code != 429:
+                    redirects = ", a redirect, which is not followed" if error.code < 400 else ""
+                    raise ValueError(f"the request was refused with status {error.code}{redirects}") from error
+                reason, pause = f"status {error.code}", retry_after(error.headers)
             except (OSError, http.client.HTTPException) as error:
-                reason = getattr(error, "reason", None) or error
-        raise ConnectionError(f"{self.url}: no answer in {self.tries} tries, the last one ended with: {reason}")
+                reason, pause = getattr(error, "reason", None) or error, None
+            left = deadline - time.monotonic()
+            if number < self.tries and left > 0:
+                pause = self.pause * number if pause is None else max(pause, 0.0)
+                time.sleep(min(pause, RETRY_AFTER_LIMIT, left / 2))
+                left = deadline - time.monotonic()
+        raise ConnectionError(f"{self.shown}: no answer in {number} tries, within {self.timeout:g} s; the last one "
+                              f"ended with: {reason}")
+
+    def _try(self, body, limit):
+        request = urllib.request.Request(self.url, body, self.headers)
+        request.deadline = time.monotonic() + limit
+        with self.opener.open(request, timeout=limit) as reply:
+            answer = reply.read(ANSWER_LIMIT + 1)
+            if len(answer) > ANSWER_LIMIT:
+                raise ValueError(f"the answer is longer than {ANSWER_LIMIT} bytes")
+            if reply.length:             # bytes that were announced and did not come
+                raise http.client.IncompleteRead(answer, reply.length)
+        return answer
+
+
+def split_address(url):
+    """The parts of a retriever's address. Raises ValueError for what is none, without showing a password."""
+    refused = ValueError(f"The retriever's address must be like http://127.0.0.1:8000, not {masked_url(url)!r}.")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError as error:          # a port that is no number, or half of a pair of brackets
+        raise refused from error
+    if not valid or re.search(r"[\s\x00-\x1f\x7f]", url):
+        raise refused
+    return parts
 
 
 def retrieve(corpus, request, topk):

@@ -1,7 +1,11 @@
 """The environments' rules, files, prompts, parsers and interface; tables are in cases.json, tasks in test_tasks.py."""
+import base64
+import contextlib
 import doctest
+import errno
 import functools
 import gzip
+import http.server
 import io
 import itertools
 import json
@@ -9,10 +13,13 @@ import math
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -21,7 +28,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import envs
-from lib import experts, retrieval, server
+from lib import catalogue, experts, retrieval, server
 from lib import official as data
 from lib.generated import bundled_corpus
 
@@ -37,11 +44,13 @@ def golden(name):
     return json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))
 
 
-@pytest.fixture(scope="session")
-def official(tmp_path_factory):
+@pytest.fixture(scope="session", params=["in memory", "on disk"])
+def official(request, tmp_path_factory):
+    """A folder with the recorded catalogue; blanks after the products make it one that is kept on disk."""
     folder = tmp_path_factory.mktemp("catalogue")
     for path in (GOLDEN / "webshop" / "catalogue").glob("*.gz"):
-        (folder / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+        blanks = b" " * catalogue.LARGE if request.param == "on disk" and "shuffle" in path.name else b""
+        (folder / path.stem).write_bytes(gzip.decompress(path.read_bytes()) + blanks)
     return folder
 
 
@@ -91,7 +100,7 @@ def test_wrong_calls_are_refused_in_one_sentence(name):
     for options, words in CASES["options"]:
         refused(words, env.reset, options=options)
     for function, arguments, words in CASES["arguments"]:
-        refused(words, getattr(server if function == "main" else envs, function), **arguments,
+        refused(words, vars(server).get(function) or getattr(envs, function), **arguments,
                 kind=(ValueError, FileNotFoundError, SystemExit))
 
 
@@ -251,7 +260,8 @@ def test_search_is_bm25_in_document_order_finds_titles_and_knows_the_special_wor
 
 def test_everything_admissible_is_valid_and_nothing_else_changes_what_is_shown_or_shared(official):
     env, rng = envs.WebShop(official), random.Random(0)
-    before = json.dumps([env.products, env.goals, env.price])
+    everything = lambda: json.dumps([dict(env.products), env.goals[:], dict(env.price)])
+    before = everything()
     for seed in range(30):
         start, info = env.reset(seed=seed)
         assert info["admissible"] == ["search[<words>]"] and info["valid"]
@@ -261,7 +271,7 @@ def test_everything_admissible_is_valid_and_nothing_else_changes_what_is_shown_o
         for _ in range(14):
             *_, info = env.step(experts.random_move(info["admissible"], rng) or f"search[{env.goal['query']}]")
             assert info["valid"]
-    assert json.dumps([env.products, env.goals, env.price]) == before and env.goals is envs.WebShop(official).goals
+    assert everything() == before and env.goals is envs.WebShop(official).goals
 
 
 def test_a_tagger_decides_on_nouns_and_without_one_the_rule_drops_adjectives_and_numbers(monkeypatch):
@@ -315,6 +325,21 @@ def test_a_changed_file_is_read_again_and_texts_tell_where_one_is_and_what_was_d
     place = re.search(r"\(receptacleAtLocation \S+ (\S+)\)", GAME["pddl_problem"])[1]
     game_file(tmp_path, pddl_problem=GAME["pddl_problem"].replace("agent1 loc_bar_start)", f"agent1 {place})"))
     assert "\n\nYou are facing the " in envs.ALFWorld().reset(options={"game": path})[0]
+
+
+def test_look_lists_what_was_taken_out_of_a_receptacle_here_and_lies_in_another_as_the_original_does(tmp_path):
+    game, problem = data.load_game(game_file(tmp_path)), GAME["pddl_problem"]
+    place = {game.names[receptacle]: location for receptacle, location in game.places}
+    for name in ("shelf 1", "desk 1"):   # now at the dresser's place
+        problem = re.sub(f"{place[name]}\\)", f"{place['dresser 1']})", problem)
+    env = envs.ALFWorld()
+    env.reset(options={"game": game_file(tmp_path, pddl_problem=problem)})
+    env.step("go to dresser 1")
+    for commands, beside in CASES["beside"]:
+        for command in commands:
+            assert env.step(command)[-1]["valid"], command
+        seen = "You are facing the desk 1, dresser 1, and shelf 1. Next to it, you see "
+        assert env.step("look")[0] == f"{seen}{beside}.", commands
 
 
 def test_the_official_layout_is_read_and_what_its_loader_skips_is_counted(tmp_path):
@@ -383,11 +408,15 @@ def test_neither_documents_nor_the_agents_own_text_can_answer_or_write_a_tag(har
         assert len(tags("q?", shown)) <= len(tags("q?", search))
 
 
+class Reply(io.BytesIO):
+    length = 0                           # bytes that are still to come
+
+
 def answering(replies):
-    """Stands in for urlopen: a reply is a text, a status of 400 and above, or an error to raise."""
+    """Stands in for an opener: a reply is a text, a status of 400 and above, or an error to raise."""
     return Mock(side_effect=(
         urllib.error.HTTPError("", reply, "", {}, io.BytesIO()) if isinstance(reply, int) else
-        io.BytesIO(reply.encode()) if isinstance(reply, str) else reply for reply in replies))
+        Reply(reply.encode()) if isinstance(reply, str) else reply for reply in replies))
 
 
 def test_the_server_answers_both_request_forms_and_refuses_others():
@@ -424,7 +453,7 @@ def test_the_server_answers_both_request_forms_and_refuses_others():
 def test_the_request_form_that_works_is_found_and_remembered(monkeypatch, refusal):
     found, bare = ({"result": [[{"document": {"contents": "a"}, "score": 1.5}]]}, {"result": [[{"contents": "b"}]]})
     replies = [refusal, json.dumps(found), 500, 503, json.dumps(bare)]
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen := answering(replies))
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", urlopen := answering(replies))
     retriever = quick("http://127.0.0.1:1")
     assert retriever("x", 2) == ["a"] and retriever("y", 2) == ["b"]         # the third try, without scores
     forms = [{"queries": ["x"]}, {"query": "x"}] + [{"query": "y"}] * 3
@@ -436,7 +465,7 @@ def test_the_request_form_that_works_is_found_and_remembered(monkeypatch, refusa
     *CASES["replies"], ("[" * 100000, "ValueError", 4), (TimeoutError("too slow"), "3 tries, .*too slow", 6),
     *((lambda query, topk, bad=bad: bad, "list of texts", 0) for bad in (None, "text", [1]))])
 def test_a_search_that_fails_costs_a_turn_but_not_the_episode(monkeypatch, reply, words, requests):
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen := answering(itertools.repeat(reply)))
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", urlopen := answering(itertools.repeat(reply)))
     ask(env := envs.SearchQA(retriever=reply if callable(reply) else quick("http://127.0.0.1:1")))
     for count in (1, 2):
         with pytest.warns(RuntimeWarning, match="A search failed"):
@@ -446,6 +475,104 @@ def test_a_search_that_fails_costs_a_turn_but_not_the_episode(monkeypatch, reply
     assert urlopen.call_count == requests
     _, reward, _, _, info = env.step(f"<answer> {env.question.golds[0]} </answer>")
     assert (reward, info["error"], info["retriever_errors"], ask(env)[1]["retriever_errors"]) == (1.0, None, 2, 0)
+
+
+@contextlib.contextmanager
+def serving(*replies, host="127.0.0.1"):
+    """Yields (port, requests) of a server that gives each reply once, the last for ever; requests: their headers.
+
+    A reply is (status, headers, text or an iterator of parts), or bytes sent one by one for ever as they are.
+    """
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            requests.append(self.headers)
+            reply = replies[min(len(requests), len(replies)) - 1]
+            with contextlib.suppress(OSError):       # the client may leave
+                if isinstance(reply, bytes):
+                    for number in itertools.count():
+                        self.wfile.write(reply[number % len(reply):][:1])
+                        time.sleep(0.01)
+                status, headers, text = reply
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(text))} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        daemon_threads, block_on_close = True, False
+
+    requests, server = [], Server((host, 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server.server_port, requests
+    server.shutdown()
+    server.server_close()
+
+
+FOUND = (200, {}, '{"result": [[{"contents": "a"}]]}')
+
+
+def test_a_proxy_is_used_except_for_this_machine_and_redirects_are_not_followed(monkeypatch):
+    with serving(FOUND) as (proxy, proxied), serving(FOUND, host="0.0.0.0") as (port, asked):
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        for host in ("127.0.0.1", "localhost", "127.8.9.10", "[::ffff:127.0.0.1]", "0.0.0.0"):
+            assert quick(f"http://{host}:{port}")("x", 1) == ["a"]
+        assert (len(asked), len(proxied)) == (5, 0) and quick("http://retriever.test")("x", 1) == ["a"]
+        assert (len(asked), len(proxied)) == (5, 1)
+        if socket.has_ipv6:
+            with serving(FOUND, host="::1") as (other, _):
+                assert quick(f"http://[::1]:{other}/")("x", 1) == ["a"]
+        for status in (301, 302, 303, 307, 308):
+            with serving((status, {"Location": f"http://localhost:{port}/retrieve"}, "")) as (other, _):
+                refused(f"status {status}, a redirect, which is not", quick(f"http://127.0.0.1:{other}"), "x", 1)
+        assert len(asked) == 5
+
+
+@pytest.mark.parametrize("replies, found, tries", [
+    ([(200, {}, '{"result": []}')], [], 1), ([(200, {}, '{"result": [[]]}')], [], 1),
+    ([(429, {"Retry-After": "0"}, ""), (503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, ""), FOUND], ["a"], 3),
+    ([(429, {"Retry-After": "99999"}, ""), (500, {"Retry-After": "soon"}, ""), FOUND], ["a"], 3),
+    ([(429, {}, "")], "no answer in 3 tries, .*status 429", 3), ([(408, {}, "")], "refused with status 408", 2),
+    ([(200, {"Content-Length": "9999999"}, "{}")], "no answer in 3 tries, .*IncompleteRead", 3),
+    ([(200, {}, json.dumps({"result": [[{"contents": "a" * 2000}]]}))], "the answer is longer than 1000 bytes", 2),
+    ([b" "], "no answer in .* tries, within 0.3 s; .*BadStatusLine|timed out", None),
+    ([b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n"], "no answer in .* tries, within 0.3 s; .*timed out", None),
+    ([b"HTTP/1.1 200 OK\r\nX: " + b"x" * 9999], "no answer in .* tries, within 0.3 s; .*timed out", None)])
+def test_a_search_ends_by_its_deadline_and_what_may_pass_is_tried_again(monkeypatch, replies, found, tries):
+    monkeypatch.setattr(retrieval, "ANSWER_LIMIT", 1000)
+    monkeypatch.setattr(retrieval, "RETRY_AFTER_LIMIT", 0.01)
+    with serving(*replies) as (port, requests):
+        search = quick(f"http://127.0.0.1:{port}", timeout=0.3 if tries is None else 5)
+        if isinstance(found, list):
+            assert search("x", 1) == found
+        else:
+            refused(found, search.probe, kind=(ConnectionError, ValueError))
+        assert tries in (None, len(requests))
+
+
+def test_a_password_in_the_address_is_sent_and_never_shown(monkeypatch):
+    with serving(FOUND, (403, {}, ""), (500, {}, "")) as (port, requests):
+        search = quick(f"http://me:s%40cret@127.0.0.1:{port}/api/retrieve?key=s%40cret")
+        search.probe()
+        assert base64.b64decode(requests[0]["Authorization"].removeprefix("Basic ")) == b"me:s@cret"
+        for _ in range(2):
+            assert "cret" not in refused(f"http://127.0.0.1:{port}/api/retrieve.*", search.probe,
+                                         kind=(ConnectionError, ValueError))
+        search = quick(f"https://me:cret@127.0.0.1:{port}")
+        assert "cret" not in refused("no answer .*SSL", search.probe, kind=ConnectionError)
+    for url in ("me:cret@host", "http://me:c/ret@host:x", "ftp://me:cret@host", "http://me:cret@", "http://me:cret@[::1",
+                "http://me:cret@host:99999999", "http://me:cret@ho st", "http://me:cret@host\n", "//me:cret@host"):
+        sentence = refused("address must be like http", retrieval.Retriever, url)
+        assert "cret" not in sentence and "c/ret" not in sentence and "cret" not in retrieval.masked_url(url)
+    assert retrieval.masked_url("http://host:8000/retrieve") == "http://host:8000/retrieve"
 
 
 def test_the_command_serves_a_file_until_an_interrupt(tmp_path):
@@ -472,8 +599,10 @@ READ = {"items_shuffle.json": envs.WebShop, "items_ins_v2.json": envs.WebShop, "
         "game.tw-pddl": lambda folder: data.load_game(folder / "game.tw-pddl")}
 
 
-def write(folder, files):
+def write(folder, files, make=False):
     """Writes good files, and `files` {name: text, JSON or rows of JSONL} instead of some; returns the folder."""
+    if make:
+        folder.mkdir()
     for name, content in (FILES | files).items():
         if name.endswith(".jsonl") and isinstance(content, list):
             content = "\n\n".join(map(json.dumps, content))              # a blank line is no row
@@ -493,9 +622,11 @@ MALFORMED = [                            # (file, its content, words of the sent
 
 
 @pytest.mark.parametrize("file, content, words", MALFORMED)
-def test_a_malformed_file_is_refused_in_a_sentence_that_names_the_place(tmp_path, file, content, words):
-    sentence = refused(words, READ[file], write(tmp_path, {file: content}))
-    assert file in sentence or str(tmp_path) in sentence
+def test_a_malformed_file_is_refused_in_a_sentence_that_names_the_place(tmp_path, monkeypatch, file, content, words):
+    for limit in (catalogue.LARGE, 0):   # products are read one by one above it
+        monkeypatch.setattr(catalogue, "LARGE", limit)
+        sentence = refused(words, READ[file], write(tmp_path, {file: content}))
+        assert file in sentence or str(tmp_path) in sentence
 
 
 def test_missing_ambiguous_and_unreadable_files_are_named(tmp_path, monkeypatch):
@@ -533,3 +664,70 @@ def test_all_forms_of_rows_are_read_in_order_splits_have_own_files_and_a_single_
     for row in forms:
         parquet.write_table(sys.modules["pyarrow"].Table.from_pylist([row]), path)
         assert is_read(alone(path)), row
+
+
+def test_a_large_catalogue_is_read_once_and_again_when_its_files_change_or_the_cache_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "LARGE", 0)
+    store, made = catalogue.store_catalogue, []
+    monkeypatch.setattr(catalogue, "store_catalogue", lambda *arguments: made.append(1) or store(*arguments))
+
+    def start(**changes):
+        """How often the catalogue was made, and how many folders are left."""
+        made.clear()
+        shop = catalogue.official_shop(write(tmp_path, changes) if changes else tmp_path, False)
+        prices, goals = shop.draw(1, 2)
+        assert dict(shop.products) == catalogue.shop_of(data.read_catalogue(shop.files)).products
+        assert (dict(prices), [goal["asin"] for goal in goals], len(shop.postings().ids)) == (
+            {"B000000001": 12.99}, ["B000000001"], 1)
+        return len(made), len(list(cache.iterdir()))
+
+    cache = write(tmp_path, {}) / "sdar_cache"
+    assert start() == (1, 2) and start() == (0, 2)
+    assert start(**{"items_shuffle.json": [LAMP | {"name": "Blue Lamp"}]}) == (1, 2)
+    for path in sorted((cache / "webshop-synthetic").iterdir()):
+        whole = path.read_bytes()
+        flipped = bytes([whole[0] ^ 1]) + whole[1:]
+        for damaged in (whole[:-1], b"", *([] if path.suffix == ".sqlite" else [flipped, b"x" * len(whole)])):
+            path.write_bytes(damaged)
+            with pytest.warns(RuntimeWarning, match="webshop-synthetic is damaged .* made again"):
+                assert start() == (1, 2), path.name
+    shop = catalogue.official_shop(tmp_path, False)
+    products = shop.products.path
+    products.write_bytes(products.read_bytes().replace(b"Blue", b"Blus"))        # where it is not read at the start
+    refused("is damaged .*checksum.*delete its folder", shop.products.__getitem__, "B000000001")
+    products.write_bytes(b"x" * products.stat().st_size)
+    refused("is damaged .*not a database", dict, catalogue.official_shop(tmp_path, False).products)
+
+
+def test_the_cache_goes_where_one_can_write_is_never_half_made_and_several_processes_may_make_it_at_once(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "LARGE", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    beside = write(tmp_path / "a", {}, make=True) / "sdar_cache"
+    with ThreadPoolExecutor(8) as pool:
+        shops = list(pool.map(lambda _: catalogue.official_shop(tmp_path / "a", False), range(8)))
+    assert [list(shop.products) for shop in shops] == [["B000000001"]] * 8
+    assert [path.name for path in beside.iterdir()] == ["webshop-synthetic"] and not (tmp_path / "home").exists()
+    (write(tmp_path / "b", {}, make=True) / "sdar_cache").write_text("a file where the folder should be")
+    assert tmp_path / "home" in catalogue.official_shop(tmp_path / "b", False).products.path.parents
+    (tmp_path / "b" / "items_shuffle.json").write_text(json.dumps([LAMP, LAMP | {"asin": "B2", "images": []}]))
+    refused("items_shuffle.json, entry 1 \\(B2\\)", catalogue.official_shop, tmp_path / "b", False)
+    assert len(list((tmp_path / "home").glob("sdar/*/*"))) == 1                  # the outdated one, and no half
+    monkeypatch.setattr(catalogue, "save_postings", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    refused("cannot be written .*No space.*XDG_CACHE_HOME", catalogue.official_shop, write(tmp_path / "b", {}), True,
+            kind=OSError)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b" / "sdar_cache"))
+    refused("Neither .*sdar_cache nor .* can be written", catalogue.official_shop, tmp_path / "b", True, kind=OSError)
+
+
+@pytest.mark.parametrize("size", [1, 7, 5000])
+def test_a_list_is_read_entry_by_entry_wherever_the_parts_end(official, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(data, "READ_AT_ONCE", size)
+    text = (official / "items_shuffle.json").read_text(encoding="utf-8").strip()
+    entries = json.loads(text)[:20] if size < 10 else json.loads(text)
+    for content in (json.dumps(entries, ensure_ascii=False), json.dumps(entries, indent=3), "[]", " [ ] ", "[1, 2.5]"):
+        (path := tmp_path / "list.json").write_text(content, encoding="utf-8")
+        assert list(data.read_json_list(path)) == json.loads(content)
+    for content in ("[", "[1", "[1,", "[1,]", "[1 2]", "[,1]", "[1]]", "[1] x", '[{"a": "b', "[nul]", '["\ud83d"]'):
+        path.write_text(content, errors="surrogatepass")
+        refused("list.json is not UTF-8 JSON", list, data.read_json_list(path))

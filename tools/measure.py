@@ -276,7 +276,7 @@ def measure_bm25(shown=(3, 10)):
     sparse = bm25s.BM25(method="lucene", k1=k1, b=b)
     sparse.index(terms, show_progress=False)
     okapi = BM25Okapi(terms, k1=k1, b=b)
-    frequency = {term: len(numbers) for term, (numbers, _) in corpus.postings.terms.items()}
+    frequency = dict(zip(corpus.postings.terms, np.diff(corpus.postings.starts).tolist(), strict=True))
     okapi.idf = {term: math.log(1 + (len(terms) - df + 0.5) / (df + 0.5)) for term, df in frequency.items()}
     others = {"bm25s": sparse.get_scores, "rank-bm25": lambda query: okapi.get_scores(query) / (k1 + 1)}
     questions = [question.text for split in generated.search_questions().values() for question in split]
