@@ -482,7 +482,7 @@ def head_inputs(policy, model, batch):
     """Pack -> (hidden states that predict the response tokens [N, D], the head's weight [V, D])."""
     packed = {}
     if batch.mask is not None:
-        packed = {"attention_mask": models.attention_masks(model.config, batch.mask, batch.positions),
+        packed = {"attention_mask": models.attention_masks(model, batch.mask, batch.positions),
                   "position_ids": batch.positions}
     with compute(policy):
         hidden = models.decoder(model)(input_ids=batch.ids, use_cache=False, **packed).last_hidden_state
@@ -525,7 +525,7 @@ def prefill(policy, prompts):
         out = policy.model(input_ids=ids, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp(min=0),
                            logits_to_keep=1, **cached)
     which = torch.tensor([number_of[p] for p in prompts], device=policy.device)
-    cache.batch_select_indices(which)
+    cache.reorder_cache(which)
     return out.logits[which, -1].float(), real[which], cache, cached
 
 
@@ -551,7 +551,7 @@ def sample_batch(policy, prompts, cfg, temperature, generator):
         if len(keep) == 0 or number + 1 == cfg.max_response_tokens:
             break
         if len(keep) < len(alive):  # finished responses stop generating
-            cache.batch_select_indices(keep)
+            cache.reorder_cache(keep)
             alive, real, token, position = alive[keep], real[keep], token[keep], position[keep]
         real = torch.cat([real, real.new_ones(len(real), 1)], 1)
         with compute(policy):
@@ -716,7 +716,7 @@ class Row:
     teacher_ids: tuple  # () without a teacher
     response_ids: tuple
     advantage: float
-    logp: tuple = ()  # the sampler's log-probs of the response; () where there was none
+    logp: tuple  # the sampler's log-probs of the response
 
 
 def episode_return(cfg, episode):

@@ -11,7 +11,7 @@ import re
 
 import torch
 
-from lib.models import compute, describe
+from lib.models import compute, describe, text_config
 from lib.runs import UserError
 
 RESPONSE = 16  # tokens of a trial response, at most
@@ -27,7 +27,7 @@ def check_model(policy, name, longest, sample, score):
     refused by check_lengths whatever the trial sees). sample(policy, prompts, tokens) -> responses (ids, logp) at
     temperature 1; score(policy, prompts, responses) -> the trainer's log-probs [N]. Raises UserError if they disagree.
     """
-    check_lengths(policy.model.config.get_text_config(), name, longest)
+    check_lengths(text_config(policy.model), name, longest)
     prompts = trial_prompts(policy, longest)
     exact = dataclasses.replace(policy, autocast=False, stop_ids=frozenset(range(0, vocabulary(policy), RESPONSE)))
     responses = attempt(name, "sampling", sample, exact, prompts * 2, RESPONSE)
@@ -67,8 +67,7 @@ def attempt(name, doing, call, *args):
         raise UserError(f"{name} does not fit into the device's memory with prompts as long as the settings allow: "
                         "lower --max_prompt_tokens, or take a smaller model.") from error
     except Exception as error:  # the model's code is not ours: whatever it raises, it cannot be used
-        raise UserError(f"{name} is not supported: {doing} fails with {type(error).__name__}: "
-                        f"{describe(error)}") from error
+        raise UserError(f"{name} is not supported: {doing} fails: {describe(error)}") from error
 
 
 def vocabulary(policy):
@@ -77,9 +76,10 @@ def vocabulary(policy):
 
 def trial_prompts(policy, longest):
     """A short prompt by the chat template, and random text of the length that was asked for, or that BUDGET allows."""
-    config = policy.model.config.get_text_config()
+    config = text_config(policy.model)
     size = sum(p.numel() for p in policy.model.parameters())
-    attention = 8 * config.hidden_size * config.num_hidden_layers  # for each pair of tokens; about half of them masked
+    layers, width = getattr(config, "num_hidden_layers", 1), policy.model.get_input_embeddings().embedding_dim
+    attention = 8 * width * layers  # for each pair of tokens
     length = longest
     while length > 64 and 2 * size * length + attention * length ** 2 > BUDGET[policy.device.type]:
         length = length * 7 // 8
@@ -107,7 +107,8 @@ def own_logp(policy, prompts, responses):
 
 
 LOCAL = re.compile("window|chunk|sparse|index_topk")
-KNOWN = ("sliding_window", "use_sliding_window", "max_window_layers", "chunk_size_feed_forward")
+KNOWN = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern",
+         "_sliding_window_pattern", "chunk_size_feed_forward")
 
 
 def packed_logp(policy, score, prompts, responses):
@@ -116,7 +117,7 @@ def packed_logp(policy, score, prompts, responses):
     A packing mask replaces the model's own, so attention that looks neither everywhere nor into a sliding window
     (chunks, blocks, an index) would be lost at lengths that a trial may not reach.
     """
-    config = policy.model.config.get_text_config()
+    config = text_config(policy.model)
     kinds = set(getattr(config, "layer_types", None) or ())
     others = [key for key, value in config.to_dict().items() if value and key not in KNOWN and LOCAL.search(key)]
     if others or not kinds <= {"full_attention", "sliding_attention"}:

@@ -56,6 +56,7 @@ def read_model(path):
     try:
         model, tokenizer, loading = from_pretrained(path)
         size, ids = model.get_input_embeddings().num_embeddings, tokenizer.get_vocab().values()
+        plain_settings(model)
     except UserError:
         raise
     except Exception as error:  # config, weights and tokenizer are foreign data: transformers fails on them in any way
@@ -65,7 +66,6 @@ def read_model(path):
                         "the two do not belong together.")
     check_weights(path, model, loading)
     fix_date(tokenizer)
-    plain_settings(model)
     return model, tokenizer
 
 
@@ -115,10 +115,15 @@ def check_weights(path, model, loading):
         raise UserError(f"Weights in {path!r} are NaN or infinite: {some(broken)}. Give an earlier checkpoint.")
 
 
+def text_config(model):
+    """The settings of the language model, also within a composite of text, images and sound."""
+    return model.config.get_text_config(decoder=True)
+
+
 def plain_settings(model):
     """Undoes settings of a stored config that change what a forward pass returns, or that could not be saved again."""
     from transformers import GenerationConfig
-    for config in (model.config, model.config.get_text_config()):
+    for config in (model.config, text_config(model)):
         config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     stored = model.generation_config
     kept = ("bos_token_id", "eos_token_id", "pad_token_id")  # nothing else is used: sdar.py samples by itself
@@ -232,13 +237,13 @@ def decoder(model):
     return model.get_decoder() if base is model else base
 
 
-def attention_masks(config, mask, positions):
+def attention_masks(model, mask, positions):
     """A packing mask [S, 1, L, L], True = may attend, and positions [S, L] -> the mask argument of a decoder.
 
     transformers applies the windows of sliding layers only to masks that it makes itself, so they are applied here,
     in positions, which are not places in a packed sequence.
     """
-    config = config.get_text_config()
+    config = text_config(model)
     window, kinds = attention_window(config), set(getattr(config, "layer_types", None) or ())
     masks = {"full_attention": mask}
     if window:
