@@ -59,6 +59,9 @@ def read_model(path):
         plain_settings(model)
     except UserError:
         raise
+    except KeyError as error:  # an activation, a kind of rope, ...
+        raise UserError(f"The config.json in {path!r} asks for {error}, which this version of transformers does not "
+                        "know.") from error
     except Exception as error:  # config, weights and tokenizer are foreign data: transformers fails on them in any way
         raise UserError(f"Could not load the model {path!r}: {describe(error)}") from error
     if max(ids) >= size:
@@ -82,14 +85,16 @@ def from_pretrained(path):
         raise UserError(f"The weights of {path!r} are quantised ({method}), and rounded weights cannot be trained: "
                         "give the model that they were made from.")
     tokenizer = AutoTokenizer.from_pretrained(path, **data_only)
-    model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True,
-                                                          **data_only)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,  # check_weights names them
+        **data_only)
     return model, tokenizer, loading
 
 
 def describe(error):
-    """One line about any exception; KeyError and its like say nothing without their name."""
-    said = first_sentence(error)
+    """One sentence about any exception; KeyError and its like say nothing without their name."""
+    lines = [line.strip() for line in str(error).strip().split("\n")]
+    said = " ".join(lines[:2 if lines[0].endswith(":") else 1]).rstrip(".!") + "."
     return said if isinstance(error, (OSError, ValueError)) and said != "." else f"{type(error).__name__}: {said}"
 
 
@@ -101,18 +106,17 @@ def some(names, most=3):
 
 
 def check_weights(path, model, loading):
-    """Raises UserError if a weight was not in the files (transformers would draw it), or is not a number."""
-    missing = {*loading["missing_keys"], *(key[0] if isinstance(key, tuple) else key
-                                           for key in loading.get("mismatched_keys", ()))}
-    if missing:
-        unused = loading["unexpected_keys"]
-        instead = f", which has {some(unused)} instead" if unused else ""
-        raise UserError(f"Weights are missing in {path!r}{instead}: {some(missing)}. They would be random: repair the "
-                        "files.")
-    broken = [name for name, weight in model.state_dict().items()
-              if weight.is_floating_point() and not weight.isfinite().all()]
-    if broken:
-        raise UserError(f"Weights in {path!r} are NaN or infinite: {some(broken)}. Give an earlier checkpoint.")
+    """Raises UserError if a weight was not in the files, with this shape (it is random then), or is not a number."""
+    other_shape = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
+    broken = {name for name, weight in model.state_dict().items()
+              if weight.is_floating_point() and not weight.isfinite().all()}
+    for names, what in ((loading["missing_keys"], "are missing"), (other_shape, "do not have the shape of its config"),
+                        (broken, "are NaN or infinite")):
+        if names:
+            unused = loading["unexpected_keys"]
+            instead = f" (and unknown: {some(unused)})" if unused else ""
+            raise UserError(f"Weights in {path!r} {what}: {some(names)}{instead}. Repair the files, or give another "
+                            "model or checkpoint.")
 
 
 def text_config(model):
