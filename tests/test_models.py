@@ -87,7 +87,7 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 BROKEN = {  # what is wrong with a folder: (how it is made, what the sentence says)
     "a missing weight": (dict(weights=lambda w: {k: x for k, x in w.items() if k != UP}), UP),
     "a data-parallel prefix": (dict(weights=lambda w: {f"module.{k}": x for k, x in w.items()}),
-                               "and unknown: module.lm_head"),
+                               "and unknown: module.model.embed"),
     "a weight of another shape": (dict(weights=lambda w: w | {UP: w[UP][:7].clone()}), UP),
     "a weight that is NaN": (dict(weights=lambda w: w | {NORM: w[NORM] * math.nan}), NORM),
     "quantised": (dict(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "quantised"),
@@ -156,7 +156,7 @@ def with_template(policy, template):
 @pytest.mark.parametrize("template, words", [
     (CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m['content'] }}"), "2 times instead of once"),
     ("{% if messages[0]['role'] != 'system' %}{{ raise_exception('No system message!') }}{% endif %}",
-     "does not take one user message: TemplateError: No system message!"),
+     "does not take one user message: TemplateError: No system message."),
     ("{{ messages[0]['content']['text'].x }}", "does not take one user message"),
     ("{% for m in messages %}{{ 1 / 0 }}{% endfor %}", "does not take one user message: ZeroDivisionError"),
     ("{% for m in", "does not take one user message: TemplateSyntaxError"),
