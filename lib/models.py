@@ -72,6 +72,10 @@ def read_model(path):
     return model, tokenizer
 
 
+CHANGED_BY_LOADING = {  # model type: why its checkpoint would not be what was saved
+    "youtu": "transformers sets the embedding of the padding token of a Youtu model to 0 whenever it loads one"}
+
+
 def from_pretrained(path):
     """-> (model, tokenizer, what transformers noticed about the weights). Runs no code of the model's own folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -84,6 +88,8 @@ def from_pretrained(path):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise UserError(f"The weights of {path!r} are quantised ({method}), and rounded weights cannot be trained: "
                         "give the model that they were made from.")
+    if config.model_type in CHANGED_BY_LOADING:
+        raise UserError(f"{path} cannot be trained: {CHANGED_BY_LOADING[config.model_type]}.")
     tokenizer = AutoTokenizer.from_pretrained(path, **data_only)
     model, loading = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,  # check_weights names them
@@ -95,7 +101,9 @@ def describe(error):
     """One sentence about any exception; KeyError and its like say nothing without their name."""
     lines = [line.strip() for line in str(error).strip().split("\n")]
     said = " ".join(lines[:2 if lines[0].endswith(":") else 1]).rstrip(".!") + "."
-    return said if isinstance(error, (OSError, ValueError)) and said != "." else f"{type(error).__name__}: {said}"
+    if said == ".":
+        return f"{type(error).__name__}."
+    return said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}"
 
 
 def some(names, most=3):
@@ -236,9 +244,9 @@ def compute(policy):
 
 
 def decoder(model):
-    """The part of a causal LM that gives hidden states; some (Llama 4) have another name for it than they declare."""
+    """The part of a causal LM that gives hidden states; some (Llama 4) declare another name for it than it has."""
     base = model.base_model
-    return model.get_decoder() if base is model else base
+    return model.model if base is model and hasattr(model, "model") else base
 
 
 def attention_masks(model, mask, positions):

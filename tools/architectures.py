@@ -153,7 +153,7 @@ def played_rows(policy, cfg):
 def plain_logp(folder, rows, teacher=False, dtype=torch.float32):
     """Log-probs of the rows' responses by a freshly loaded model, one row at a time, with nothing of sdar.py."""
     from transformers import AutoModelForCausalLM
-    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), []
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval(), []
     for row in rows:
         prompt = row.teacher_ids if teacher else row.prompt_ids
         ids = torch.tensor([prompt + row.response_ids])
