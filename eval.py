@@ -224,7 +224,7 @@ def evaluate(model, options):
     out = Path(options.get("out", default))
     free_to_write(out, settings)
     skills = sdar.load_skills(cfg, env.task_types)
-    policy = sdar.load_policy(dataclasses.replace(cfg, kl_coef=0.0, teacher="none"))  # so no reference model either
+    policy = sdar.load_policy(dataclasses.replace(cfg, kl_coef=0.0, teacher="none"), skills)  # no reference
     environments = [env] + [sdar.make_env(cfg) for _ in tasks[1:]]
     print(headline(settings))
     played = {name: play(policy, cfg, environments, tasks, repeats, skills if name == "with" else None, name)

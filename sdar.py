@@ -46,8 +46,9 @@ from typing import NamedTuple
 import lib  # noqa: F401  before torch, whose threads wait as it says
 import envs
 import kernels
-from lib import health, models, progress, runs
+from lib import agreement, health, models, progress, runs
 from lib.episodes import episode_lines, write_step
+from lib.models import compute
 from lib.runs import UserError, mean
 from lib.settings import Parser, add_options, changeable, changes, check_value, check_values, option
 from lib.skills import read_skills
@@ -377,70 +378,49 @@ class Policy:
     device: torch.device
     autocast: bool
     ref: torch.nn.Module | None = None  # the initial weights, frozen
-    fused_error: float = 0.0  # largest difference between fused log-probs and the model's own, on a short text
+    packs: bool = True  # whether siblings may be packed into one sequence
+    fused_error: float = 0.0  # largest difference between the trainer's log-probs and the model's own, in a trial
 
 
-def load_policy(cfg):
+def load_policy(cfg, skills=None):
     """The model and tokenizer that cfg names -> Policy. Raises UserError if there are none, or they can't be used."""
     models.choose_device(cfg.device)  # raises before the weights are read
-    torch.manual_seed(cfg.seed)  # for models that draw missing weights
-    return make_policy(*models.read_model(cfg.model), cfg)
+    return make_policy(*models.read_model(cfg.model), cfg, skills)
 
 
-def make_policy(model, tokenizer, cfg):
-    """Model and tokenizer -> Policy on cfg.device. Raises UserError without a chat template or if check_model does."""
+def make_policy(model, tokenizer, cfg, skills=None):
+    """Model and tokenizer -> Policy on cfg.device. skills: {task type: text} that prompts may contain, or None.
+
+    Raises UserError if the chat template does not fit, or if sampler and trainer would not be the same function.
+    """
     device = models.choose_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if tokenizer.chat_template is None:
-        raise UserError(f"The tokenizer of {cfg.model!r} has no chat template: use an instruct model, or put a "
-                        "chat_template.jinja into its folder.")
     autocast = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
-    models.without_dropout(model)
+    chat = models.Chat(tokenizer)
     if cfg.recompute:
         models.recompute_activations(model)
-    policy = Policy(model.to(device).eval(), models.Chat(tokenizer), models.end_of_turn_ids(model, tokenizer), device,
-                    autocast)
-    policy.fused_error = check_model(policy, cfg)
+    policy = Policy(model.to(device).eval(), chat, models.end_of_turn_ids(model, chat), device, autocast)
+    policy.fused_error, policy.packs = check_model(policy, cfg, skills)
     if cfg.kl_coef or cfg.teacher == "ref":
         policy.ref = copy.deepcopy(policy.model).requires_grad_(False)
     return policy
 
 
-def compute(policy):
-    """bf16 matrix products over fp32 weights where the device is good at them."""
-    return torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.autocast)
+def check_model(policy, cfg, skills=None):
+    """agreement.check_model with this file's sampler and trainer."""
+    def try_sampling(policy, prompts, tokens):
+        noises = [random.Random(number) for number in range(len(prompts))]
+        return sample(policy, prompts, dataclasses.replace(cfg, max_response_tokens=tokens), 1.0, noises)
 
+    def try_training(policy, prompts, responses):
+        batch = pack(prompts, responses, policy.device)
+        return kernels.fused_logprob(*head_inputs(policy, policy.model, batch), batch.targets)[0]
 
-def check_model(policy, cfg):
-    """Compares packed, fused log-probs with the model's own logits on a short text -> the largest difference.
-
-    A head that is more than a matrix (bias, soft-cap, scaling), or attention that does not follow the packing mask,
-    would train on wrong log-probs without any other sign. Raises UserError for those.
-    """
-    window = getattr(policy.model.config, "sliding_window", None)
-    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-    if getattr(policy.model.config, "use_sliding_window", True) and window and window < longest:
-        raise UserError(f"{cfg.model} attends to {window} tokens only, fewer than --max_prompt_tokens + "
-                        f"--max_response_tokens = {longest}: lower them.")
-    prompt = policy.chat.prompt("Find a red lamp.")
-    answers = [policy.chat.encode(text) for text in ("<action>search[red lamp]</action>", "I have no idea")]
-    with torch.no_grad():
-        batch = pack([prompt], [[tuple(a) for a in answers]], policy.device)
-        fused, _ = kernels.fused_logprob(*head_inputs(policy, policy.model, batch), batch.targets)
-        own = []
-        for answer in answers:
-            ids = torch.tensor([prompt + answer], device=policy.device)
-            with compute(policy):
-                logits = policy.model(ids).logits[0, len(prompt) - 1:-1].float()  # [T, V]
-            own.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0])
-    worst = (fused - torch.cat(own)).abs().max().item()
-    limit = 0.2 if policy.autocast else 1e-3
-    if not worst < limit:
-        raise UserError(f"{cfg.model} is not supported: fused log-probs differ from the model's own by {worst:.2g} "
-                        f"(limit {limit}), so its head is more than a matrix (bias, soft-cap, scaling), or its "
-                        "attention ignores the packing mask.")
-    return worst
+    bare = Context("", "", (), "", ())
+    lengths = [len(policy.chat.prompt(render(cfg, bare, text))) for text in ("", *(skills or {}).values())]
+    longest = cfg.max_prompt_tokens + max(lengths) - lengths[0] + cfg.max_response_tokens
+    return agreement.check_model(policy, cfg.model, longest, try_sampling, try_training)
 
 
 # Rows that share a prompt are packed into one sequence [prompt, response 1, response 2, ...]: the mask lets a response
@@ -489,11 +469,15 @@ def pack(prompts, responses, device):
 
 def head_inputs(policy, model, batch):
     """Pack -> (hidden states that predict the response tokens [N, D], the head's weight [V, D])."""
+    packed = {}
+    if batch.mask is not None:
+        packed = {"attention_mask": models.attention_masks(model, batch.mask, batch.positions),
+                  "position_ids": batch.positions}
     with compute(policy):
-        hidden = model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False,
-                                  position_ids=None if batch.mask is None else batch.positions).last_hidden_state
+        hidden = models.decoder(model)(input_ids=batch.ids, use_cache=False, **packed).last_hidden_state
     hidden = hidden.flatten(0, 1)[batch.predictors]
-    return hidden, model.get_output_embeddings().weight.to(hidden.dtype)
+    dtype = torch.bfloat16 if policy.autocast else hidden.dtype  # the last norm gives fp32: no tensor core takes that
+    return hidden.to(dtype), model.get_output_embeddings().weight.to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -534,7 +518,7 @@ def prefill(policy, prompts):
         out = policy.model(input_ids=ids, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp(min=0),
                            logits_to_keep=1, **cached)
     which = torch.tensor([number_of[p] for p in prompts], device=policy.device)
-    cache.batch_select_indices(which)
+    cache.reorder_cache(which)
     return out.logits[which, -1].float(), real[which], cache, cached
 
 
@@ -561,7 +545,7 @@ def sample_batch(policy, prompts, cfg, temperature, noises):
         if len(keep) == 0 or number + 1 == cfg.max_response_tokens:
             break
         if len(keep) < len(alive):  # finished responses stop generating
-            cache.batch_select_indices(keep)
+            cache.reorder_cache(keep)
             alive, real, token, position = alive[keep], real[keep], token[keep], position[keep]
         real = torch.cat([real, real.new_ones(len(real), 1)], 1)
         with compute(policy):
@@ -664,7 +648,7 @@ def turn_prompt(chat, cfg, running, skills):
 
 def read_response(chat, cfg, context, prompt_ids, response):
     """-> a Turn with the action that the response asks for; the environment says later whether that exists."""
-    text = chat.tokenizer.decode(response.ids[:-1] if response.stop == "end" else response.ids)
+    text = chat.response_text(response.ids[:-1] if response.stop == "end" else response.ids)
     action, valid = envs.parse_action(cfg.env, text, official=not cfg.check_admissible)
     return Turn(context, prompt_ids, response, text, action, valid)
 
@@ -729,6 +713,7 @@ class Row:
     teacher_ids: tuple  # () without a teacher
     response_ids: tuple
     advantage: float
+    logp: tuple  # the sampler's log-probs of the response
 
 
 def episode_return(cfg, episode):
@@ -755,19 +740,19 @@ def make_rows(policy, cfg, episodes, skills):
             if key not in prompts:
                 prompts[key] = teacher_ids(policy.chat, cfg, turn, skills[episodes[i].task_type])
             teacher = prompts[key]
-        rows.append(Row(turn.prompt_ids, teacher, turn.response.ids, advantage))
+        rows.append(Row(turn.prompt_ids, teacher, turn.response.ids, advantage, turn.response.logp))
     equal = [float((returns[groups == g] == returns[groups == g][0]).all()) for g in groups.unique()]
     return rows, {"grpo/zero_variance_groups": mean(equal)}
 
 
-def micro_batches(rows, micro_tokens):
+def micro_batches(rows, micro_tokens, packs=True):
     """Rows -> micro-batches, each a list of shared-prefix groups: lists of rows with one (prompt, teacher prompt).
 
     Sorted by length, so that a micro-batch has little padding; each has at most micro_tokens padded tokens, unless a
-    single group is longer.
+    single group is longer. packs=False: every row is a group of its own.
     """
     batch = []
-    for group in sorted(shared_prefix_groups(rows, micro_tokens), key=width):
+    for group in sorted(shared_prefix_groups(rows, micro_tokens) if packs else ([row] for row in rows), key=width):
         if batch and (len(batch) + 1) * width(group) > micro_tokens:
             yield batch
             batch = []
@@ -815,7 +800,7 @@ def join_tokens(rows, lists, device):
 def response_logp(policy, model, rows, cfg, teacher=False):
     """Log-probs of the rows' responses under model, after the student's or the teacher's prompt -> {row: list}."""
     found = {}
-    for micro_batch in micro_batches(rows, cfg.micro_tokens):
+    for micro_batch in micro_batches(rows, cfg.micro_tokens, policy.packs):
         batch = pack_rows(policy, micro_batch, teacher)
         logp, _ = kernels.fused_logprob(*head_inputs(policy, model, batch), batch.targets, temperature=cfg.temperature)
         members = list(itertools.chain(*micro_batch))
@@ -871,6 +856,8 @@ def step_loss(policy, cfg, micro_batch, num_tokens, frozen):
 
     pg, metrics = policy_loss(logp, old_logp, advantages, mask, num_tokens=num_tokens, clip=cfg.clip,
                               dual_clip=cfg.dual_clip)
+    off = (old_logp - join_tokens(rows, {row: row.logp for row in rows}, logp.device)).abs()
+    metrics |= {"rollout/logp_diff_mean": off.sum() / num_tokens, "rollout/logp_diff_max": off.max()}
     terms = {"grpo/loss": (1.0, pg), "grpo/entropy": (-cfg.entropy_coef, tokens.entropy.sum() / num_tokens)}
     if cfg.kl_coef:
         ref_logp = join_tokens(rows, frozen.ref_logp, logp.device)
@@ -900,20 +887,19 @@ def train_step(policy, optimizer, rows, cfg, step):
     size, lr = math.ceil(len(rows) / cfg.updates), learning_rate(cfg, step)
     parts = [rows[i:i + size] for i in range(0, len(rows), size)]
     total, gaps = defaultdict(float), {}
-    policy.model.train(cfg.recompute)  # transformers recomputes activations in train mode only
     with runs.all_or_nothing(policy.model, optimizer, copy=len(parts) > 1), progress.bar("update", len(rows), "row"):
         for part in parts:
             num_tokens = sum(len(row.response_ids) for row in part)
             optimizer.zero_grad(set_to_none=True)
-            for micro_batch in micro_batches(part, cfg.micro_tokens):
+            for micro_batch in micro_batches(part, cfg.micro_tokens, policy.packs):
                 loss, metrics, some_gaps = step_loss(policy, cfg, micro_batch, num_tokens, frozen)
                 loss.backward()
                 gaps |= some_gaps
                 progress.advance(len(list(itertools.chain(*micro_batch))))
                 for name, value in metrics.items():
-                    total[name] += float(value) / len(parts)
+                    value = float(value)
+                    total[name] = max(total[name], value) if name.endswith("_max") else total[name] + value / len(parts)
             total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, lr, cfg, total) / len(parts)
-    policy.model.eval()
     return dict(total), gaps
 
 
@@ -948,7 +934,7 @@ def train(cfg, folder=None, checkpoint=None):
     count = max(len(step_tasks(cfg, env, 0)), len(evaluation_tasks(cfg, env)) if cfg.eval_every else 0)
     environments = [env] + [make_env(cfg) for _ in range(count - 1)]
     skills = load_skills(cfg, env.task_types)
-    policy = load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg)
+    policy = load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg, skills)
     check_prompt_limit(policy, cfg, env)
     optimizer = make_optimizer(policy.model, cfg)
     if checkpoint:

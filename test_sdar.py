@@ -272,7 +272,7 @@ def test_sampler_and_trainer_agree_on_log_probs(policy, played):
     cfg = config(temperature=0.7, **NO_TEACHER)
     prompts = [turn.prompt_ids for e in played for turn in e.turns]
     responses = sdar.sample(policy, prompts, cfg, cfg.temperature, noises(prompts))
-    rows = [sdar.Row(p, (), r.ids, 0.0) for p, r in zip(prompts, responses)]
+    rows = [sdar.Row(p, (), r.ids, 0.0, r.logp) for p, r in zip(prompts, responses)]
     found = sdar.response_logp(policy, policy.model, rows, cfg)
     for row, response in zip(rows, responses):
         assert found[row] == pytest.approx(response.logp, abs=1e-4)
@@ -308,7 +308,7 @@ def test_loss_and_gradient_do_not_depend_on_how_they_are_computed(way, policy, r
     assert whole.norm() > 0.01
     cfg.micro_tokens = {"a row at a time": 1, "little room": 1200}.get(way, 10**9)
     if way == "siblings apart":
-        monkeypatch.setattr(sdar, "micro_batches", lambda rows, room: ([[row]] for row in rows))
+        policy = dataclasses.replace(policy, packs=False)
     if way == "recomputed":
         cfg.recompute, policy = True, dataclasses.replace(policy, model=copy.deepcopy(policy.model))
         models.recompute_activations(policy.model)
@@ -363,7 +363,7 @@ def test_direct_loss_falls_on_the_predictors_of_response_tokens_alone(policy, ro
 
 def test_the_end_of_turn_token_is_trained(policy, rows):
     prompt, end, trained = rows[0].prompt_ids, (min(policy.stop_ids),), copy.deepcopy(policy.model)
-    weights, *_ = update(policy, [sdar.Row(prompt, (), end, 1.0)], config(lr=1e-3, **NO_TEACHER))
+    weights, *_ = update(policy, [sdar.Row(prompt, (), end, 1.0, (0.0,))], config(lr=1e-3, **NO_TEACHER))
     trained.load_state_dict(weights, strict=False)
     assert own_logp(trained, prompt, end) > own_logp(policy.model, prompt, end) + 0.01
 

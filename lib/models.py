@@ -1,10 +1,14 @@
-"""Loading a model with transformers: paths, devices, and what makes sampler and trainer the same function."""
+"""Loading a model with transformers: paths, devices, weights, chat template, and what both sampler and trainer need."""
 
+import functools
 import inspect
 import json
+import re
+from datetime import datetime
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lib.checkpoints import fault
 from lib.runs import ROOT, UserError, checkpoints, first_sentence, is_run
@@ -32,12 +36,14 @@ def is_bundled(model):
         return False
 
 
+# -------------------------------------------------------------------------------------------------------------- loading
+
 def read_model(path):
-    """tiny, a folder, or a name that transformers loads -> (model in fp32, tokenizer). UserError if there is none."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-    logging.disable_progress_bar()
+    """tiny, a folder, or a name that transformers loads -> (model in fp32, tokenizer).
+
+    Raises UserError if there is none, or if it cannot be trained as it is stored: quantised weights, missing or NaN
+    ones, a tokenizer with ids beyond the embedding.
+    """
     path = str(TINY) if path == "tiny" else path
     if is_run(path):
         names = ", ".join(checkpoint.name for checkpoint in checkpoints(path)) or "none yet"
@@ -52,30 +58,146 @@ def read_model(path):
     if wrong:
         raise UserError(f"Could not load the model {path!r}: {wrong}. Take another checkpoint.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # a model is data, not a program
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa",
-                                                     trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"Could not load the model {path!r}: {first_sentence(error)}") from error
+        model, tokenizer, loading = from_pretrained(path)
+        size, ids = model.get_input_embeddings().num_embeddings, tokenizer.get_vocab().values()
+        plain_settings(model)
+    except UserError:
+        raise
+    except KeyError as error:  # an activation, a kind of rope, ...
+        raise UserError(f"The config.json in {path!r} asks for {error}, which this version of transformers does not "
+                        "know.") from error
+    except Exception as error:  # config, weights and tokenizer are foreign data: transformers fails on them in any way
+        raise UserError(f"Could not load the model {path!r}: {describe(error)}") from error
+    if max(ids) >= size:
+        raise UserError(f"The tokenizer of {path!r} has ids up to {max(ids)}, but the model embeds only {size} tokens: "
+                        "the two do not belong together.")
+    check_weights(path, model, loading)
+    fix_date(tokenizer)
     return model, tokenizer
 
+
+CHANGED_BY_LOADING = {  # model type: why its checkpoint would not be what was saved
+    "youtu": "transformers sets the embedding of the padding token of a Youtu model to 0 whenever it loads one"}
+
+
+def from_pretrained(path):
+    """-> (model, tokenizer, what transformers noticed about the weights). Runs no code of the model's own folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    data_only = {"trust_remote_code": False}  # a model is data, not a program
+    config = AutoConfig.from_pretrained(path, **data_only)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise UserError(f"The weights of {path!r} are quantised ({method}), and rounded weights cannot be trained: "
+                        "give the model that they were made from.")
+    if config.model_type in CHANGED_BY_LOADING:
+        raise UserError(f"{path} cannot be trained: {CHANGED_BY_LOADING[config.model_type]}.")
+    tokenizer = AutoTokenizer.from_pretrained(path, **data_only)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,  # check_weights names them
+        **data_only)
+    return model, tokenizer, loading
+
+
+def describe(error):
+    """One sentence about any exception; KeyError and its like say nothing without their name."""
+    lines = [line.strip() for line in str(error).strip().split("\n")]
+    said = " ".join(lines[:2 if lines[0].endswith(":") else 1]).rstrip(".!") + "."
+    if said == ".":
+        return f"{type(error).__name__}."
+    return said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}"
+
+
+def some(names, most=3):
+    """'a, b, c and 5 more'."""
+    names = sorted(map(str, names))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def check_weights(path, model, loading):
+    """Raises UserError if a weight was not in the files, with this shape (it is random then), or is not a number."""
+    other_shape = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
+    broken = {name for name, weight in model.state_dict().items()
+              if weight.is_floating_point() and not weight.isfinite().all()}
+    for names, what in ((loading["missing_keys"], "are missing"), (other_shape, "do not have the shape of its config"),
+                        (broken, "are NaN or infinite")):
+        if names:
+            unused = loading["unexpected_keys"]
+            instead = f" (and unknown: {some(unused)})" if unused else ""
+            raise UserError(f"Weights in {path!r} {what}: {some(names)}{instead}. Repair the files, or give another "
+                            "model or checkpoint.")
+
+
+def text_config(model):
+    """The settings of the language model, also within a composite of text, images and sound."""
+    return model.config.get_text_config(decoder=True)
+
+
+def plain_settings(model):
+    """Undoes settings of a stored config that change what a forward pass returns, or that could not be saved again."""
+    from transformers import GenerationConfig
+    for config in (model.config, text_config(model)):
+        config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    stored = model.generation_config
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id")  # nothing else is used: sdar.py samples by itself
+    model.generation_config = GenerationConfig(**{name: getattr(stored, name, None) for name in kept})
+
+
+NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def fix_date(tokenizer):
+    """Puts today's date as text into a chat template that asks for it: saved with a checkpoint, it stays the same."""
+    today, template = datetime.now(), tokenizer.chat_template
+
+    def fixed(text):
+        return NOW.sub(lambda call: json.dumps(today.strftime(call[2])), text)
+
+    if isinstance(template, dict):
+        tokenizer.chat_template = {name: fixed(text) for name, text in template.items()}
+    elif template:
+        tokenizer.chat_template = fixed(template)
+
+
+# -------------------------------------------------------------------------------------------------------- chat template
 
 class Chat:
     """Messages -> ids: the template's own text with control tokens, the message as plain text without any.
 
     So an observation that contains "<|im_end|>" stays text. Works for every template that contains the message once.
+    opened: "<think>" if the template itself opens the response's thought, else "". end_ids: the control token that
+    follows an answer in the template, if there is one. Raises UserError for a template that does not fit.
     """
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        mark = "\ue000"  # private use: in no template
-        text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], add_generation_prompt=True,
-                                             tokenize=False, enable_thinking=False)
+        self.tokenizer, self.name = tokenizer, tokenizer.name_or_path
+        if tokenizer.chat_template is None:
+            raise UserError(f"The tokenizer of {self.name!r} has no chat template: use an instruct model, or put a "
+                            "chat_template.jinja into its folder.")
+        mark, answer = "\ue000", "\ue001"  # private use: in no template
+        question = {"role": "user", "content": mark}
+        text = self.render([question], add_generation_prompt=True)
         if text.count(mark) != 1:
-            raise UserError(f"The chat template of {tokenizer.name_or_path} shows a user's message {text.count(mark)} "
-                            "times instead of once: such templates are not supported.")
+            raise UserError(f"The chat template of {self.name} shows a user's message {text.count(mark)} times instead "
+                            "of once: such templates are not supported.")
         before, after = text.split(mark)
         self.before, self.after = self.encode(before, control=True), self.encode(after, control=True)
+        thought = after.rfind("<think>")
+        self.opened = after[thought:] if thought >= 0 and "</think>" not in after[thought:] else ""
+        answered = self.render([question, {"role": "assistant", "content": answer}]).partition(answer)[2]
+        control = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        self.end_ids = [token for token in self.encode(answered, control=True) if token in control][:1]
+
+    def render(self, messages, **options):
+        """The template's text for these messages. Raises UserError with the template's own words if it fails."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
+        except Exception as error:  # a template is a program, and may fail in any way
+            roles = " and ".join(f"one {message['role']} message" for message in messages)
+            raise UserError(f"The chat template of {self.name} does not take {roles}: {describe(error)}") from error
 
     def encode(self, text, control=False):
         return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"])
@@ -88,25 +210,79 @@ class Chat:
     def prompt(self, text):
         return self.before + self.encode(text) + self.after
 
+    def response_text(self, ids):
+        """What a response says, with the thought that the template may have opened for it."""
+        return self.opened + self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-def end_of_turn_ids(model, tokenizer):
-    """The tokens that end a response, a frozenset of ids."""
+
+def end_of_turn_ids(model, chat):
+    """The tokens that end a response, a frozenset of ids. Raises UserError if there is none."""
     stop = model.generation_config.eos_token_id if model.generation_config else None
-    return frozenset({*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None})
+    found = frozenset({*(stop if isinstance(stop, list) else [stop]), chat.tokenizer.eos_token_id, *chat.end_ids})
+    if found == {None}:
+        raise UserError(f"Nothing ends a response of {chat.name}: its tokenizer has no eos_token, and its chat "
+                        "template puts no control token behind an answer.")
+    return found - {None}
 
 
-def without_dropout(model):
-    """Sampler and trainer must be the same function, also in train mode."""
-    for module in model.modules():
-        for name in ("p", "dropout", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
+# ------------------------------------------------------------------------------------------------- forward and backward
 
 def recompute_activations(model):
-    """Keeps no activations in the forward pass; takes effect in train mode only."""
-    enable = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.24
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    """Every layer keeps its input alone and runs again in the backward pass.
+
+    transformers does the same in train mode only, where every kind of dropout and router noise comes with it: here the
+    model stays in eval mode, so that sampler and trainer are one function. Raises UserError if it has no such layers.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"{type(model).__name__} has no layers that --recompute could run again: leave it out.")
+    for layer in layers:
+        layer.forward = functools.partial(recomputed, layer.forward)
+
+
+def recomputed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def compute(policy):
+    """bf16 matrix products over fp32 weights where the device is good at them."""
+    return torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.autocast)
+
+
+def decoder(model):
+    """The part of a causal LM that gives hidden states; some (Llama 4) declare another name for it than it has."""
+    base = model.base_model
+    return model.model if base is model and hasattr(model, "model") else base
+
+
+def attention_masks(model, mask, positions):
+    """A packing mask [S, 1, L, L], True = may attend, and positions [S, L] -> the mask argument of a decoder.
+
+    transformers applies the windows of sliding layers only to masks that it makes itself, so they are applied here,
+    in positions, which are not places in a packed sequence.
+    """
+    config = text_config(model)
+    window, kinds = attention_window(config), set(getattr(config, "layer_types", None) or ())
+    masks = {"full_attention": mask}
+    if window:
+        near = positions[:, None, :, None] - positions[:, None, None, :] < window
+        masks["sliding_attention"] = mask & near
+    if config._attn_implementation == "eager":  # adds its mask to the scores
+        masks = {kind: torch.zeros(mask.shape, device=mask.device).masked_fill(~one, torch.finfo(torch.float32).min)
+                 for kind, one in masks.items()}
+    if window and kinds > {"sliding_attention"}:
+        return masks
+    return masks["sliding_attention" if window else "full_attention"]
+
+
+def attention_window(config):
+    """Positions that a sliding layer sees, or None where no layer slides."""
+    kinds = getattr(config, "layer_types", None)
+    used = getattr(config, "use_sliding_window", True) and (not kinds or "sliding_attention" in kinds)
+    return getattr(config, "sliding_window", None) if used else None
 
 
 def draw_tokens(logprobs, temperature, noises):

@@ -155,9 +155,8 @@ def clone_step(policy, optimizer, cfg, lessons, step):
     """One optimiser step of likelihood -> metrics. The loss is the mean over the tokens that count as answers."""
     num_tokens = sum(lesson.weights.count(1.0) for lesson in lessons)
     optimizer.zero_grad(set_to_none=True)
-    policy.model.train(cfg.recompute)  # transformers recomputes activations in train mode only
     total = 0.0
-    for micro_batch in sdar.micro_batches(lessons, cfg.micro_tokens):
+    for micro_batch in sdar.micro_batches(lessons, cfg.micro_tokens, policy.packs):
         members = list(itertools.chain(*micro_batch))
         batch = sdar.pack_rows(policy, micro_batch)
         weight = sdar.join_tokens(members, {lesson: lesson.weights for lesson in members}, policy.device)  # [N]
@@ -165,7 +164,6 @@ def clone_step(policy, optimizer, cfg, lessons, step):
         loss = -(weight * logp).sum() / num_tokens
         loss.backward()
         total -= logp.detach()[weight == 1].sum().item() / num_tokens
-    policy.model.eval()
     lr = cfg.lr * min(1, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * step / cfg.steps))
     norm = sdar.optimizer_step(policy.model, optimizer, lr, cfg, {})
     return {"clone/loss": total, "clone/grad_norm": norm, "clone/tokens": count_tokens(lessons)}
@@ -219,7 +217,7 @@ def clone(argv):
     cfg, folder, checkpoint = parse(argv, __doc__, CloneConfig, FLAGS)
     source = make_source(cfg)
     demonstrated_turns(source, random.Random(0))  # raises now if the tasks have no expert
-    policy = sdar.load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg)
+    policy = sdar.load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg, source.skills)
     sdar.check_prompt_limit(policy, cfg, source.env)
     folder = run(cfg, policy, expert_lessons(policy.chat, source), folder, checkpoint)
     print(f"saved in {folder}; train it: python sdar.py --env {cfg.env} --model {shlex.quote(str(folder))}")

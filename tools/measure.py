@@ -58,7 +58,7 @@ def sdar_steps(count):
         responses = sdar.sample(policy, prompts, cfg, 1.0, torch.Generator().manual_seed(step))
         returns = torch.tensor([rng.random() for _ in prompts])
         advantages = sdar.group_advantages(returns, torch.arange(SAMPLES) // GROUP).tolist()
-        rows = [sdar.Row(p, (), r.ids, a) for p, r, a in zip(prompts, responses, advantages)]
+        rows = [sdar.Row(p, (), r.ids, a, r.logp) for p, r, a in zip(prompts, responses, advantages)]
         sdar.train_step(policy, optimizer, rows, cfg, step)
         stamps.append(time.perf_counter())
     return [b - a for a, b in zip(stamps, stamps[1:])]
