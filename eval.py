@@ -214,7 +214,7 @@ def evaluate(model, options):
         raise UserError(f"--repeats is {repeats}, but must be at least 1, and 1 with --temperature 0, whose episodes "
                         "are all alike.")
     conditions = [name for name in CONDITIONS if options.get("condition", "both") in (name, "both")]
-    env = sdar.make_env(cfg)
+    env = sdar.make_env(cfg, first=True)
     tasks = sdar.evaluation_tasks(cfg, env)
     settings = {"model": model, "evaluation_set": evaluation_set_hash(env, tasks), "conditions": conditions,
                 "sampling": {"split": cfg.eval_split, "tasks": len(tasks), "repeats": repeats, "seed": cfg.seed,

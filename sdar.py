@@ -676,10 +676,14 @@ def step_all(cfg, running, turns):
         return list(pool.map(step_one, running, turns))
 
 
-def make_env(cfg):
+def make_env(cfg, first=False):
+    """first: search once, so that a retriever that does not answer is noticed before anything else is loaded."""
     chosen = {name: value for name in ("retriever", "human_goals") if (value := getattr(cfg, name))}
     try:
-        return envs.make(cfg.env, data=cfg.data, **chosen)
+        env = envs.make(cfg.env, data=cfg.data, **chosen)
+        if first and cfg.retriever:
+            env.retriever.probe()
+        return env
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
 
@@ -930,7 +934,7 @@ def train(cfg, folder=None, checkpoint=None):
 
     folder, checkpoint: the run to go on with; a new run's folder is made once everything else is loaded and checked.
     """
-    env = make_env(cfg)
+    env = make_env(cfg, first=True)
     count = max(len(step_tasks(cfg, env, 0)), len(evaluation_tasks(cfg, env)) if cfg.eval_every else 0)
     environments = [env] + [make_env(cfg) for _ in range(count - 1)]
     skills = load_skills(cfg, env.task_types)

@@ -135,6 +135,16 @@ def test_an_invalid_action_changes_nothing_that_is_seen(name):
                 break
 
 
+def test_docs_name_the_options_that_the_originals_colour_rule_makes_unwinnable():
+    (sentence,) = re.findall(r"goal that asks for (.*?) \(", (Path(envs.__file__).parent / "docs" / "environments.md")
+                             .read_text().replace("\n", " "))
+    named = re.findall(r'"(\w+)"', sentence)
+    won = {value: [envs.count_options({"size": value}, wanted) for wanted in ({"size": value}, [value])]
+           for value in [*named, "red", "light blue", "triple"]}
+    assert len(named) == 5 and won == dict.fromkeys(named, [0, 1]) | {"red": [1, 1], "light blue": [1, 1],
+                                                                       "triple": [1, 1]}
+
+
 def test_texts_that_look_alike_are_equal_and_brackets_in_texts_are_no_buttons(official):
     env = envs.WebShop(official)
     ask(env)

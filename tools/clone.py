@@ -77,7 +77,7 @@ class Source(NamedTuple):
 
 
 def make_source(cfg):
-    env = sdar.make_env(cfg)
+    env = sdar.make_env(cfg, first=True)
     return Source(cfg, env, sdar.load_skills(cfg, env.task_types))
 
 
