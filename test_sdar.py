@@ -520,10 +520,11 @@ def test_the_experts_words_win_and_finished_episodes_stop_generating(policy, mon
     lazy = environments[0]  # never buys
     act = lambda env: "search[red]" if env is lazy else env.expert()
     monkeypatch.setattr(sdar, "sample", scripted(environments, policy.chat, act, calls))
-    progress = types.SimpleNamespace(count=0)
-    progress.update = lambda n: setattr(progress, "count", progress.count + n)
-    episodes = sdar.rollout(policy, environments, sdar.step_tasks(cfg, lazy, 1), cfg, progress=progress)
-    assert [e.won for e in episodes] == [e.done for e in episodes] == [False] + [True] * 11 and progress.count == 12
+    done = []
+    monkeypatch.setattr(sdar.progress, "advance", done.append)
+    episodes = sdar.rollout(policy, environments, sdar.step_tasks(cfg, lazy, 1), cfg)
+    assert [e.won for e in episodes] == [e.done for e in episodes] == [False] + [True] * 11
+    assert sum(done) == 12 * 15 and len(done) == 15  # turns, those that a finished episode does not need included
     assert all(turn.valid and turn.action.startswith(("search[", "click[")) for e in episodes for turn in e.turns)
     lengths = [len(e.turns) for e in episodes]
     assert lengths[0] == 15 and max(lengths[1:]) < 15 and len(set(lengths)) > 2

@@ -72,7 +72,7 @@ def cloned_at_once_and_in_parts(program, folder, place, monkeypatch, **changes):
 
 def test_cloning_writes_a_model_folder_and_is_resumed_bit_for_bit(model_folder, tmp_path, monkeypatch, capsys):
     whole = cloned_at_once_and_in_parts(
-        clone.clone, tmp_path, (clone, "clone_step", 2), monkeypatch, model=model_folder)
+        clone.clone, tmp_path, (clone, "clone_step", 2), monkeypatch, model=model_folder, max_prompt_tokens=2048)
     said = capsys.readouterr().out
     assert f"--model {whole}" in said and f"python -m tools.clone --resume {tmp_path / 'parts'}" in said
     assert [e["step"] for e in lines_of(whole)] == [1, 2, 3]

@@ -217,7 +217,8 @@ def clone(argv):
     cfg, folder, checkpoint = parse(argv, __doc__, CloneConfig, FLAGS)
     source = make_source(cfg)
     demonstrated_turns(source, random.Random(0))  # raises now if the tasks have no expert
-    policy = sdar.load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg, source.skills)
+    policy = sdar.load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg,
+                              source.skills if cfg.weak else None)
     sdar.check_prompt_limit(policy, cfg, source.env)
     folder = run(cfg, policy, expert_lessons(policy.chat, source), folder, checkpoint)
     print(f"saved in {folder}; train it: python sdar.py --env {cfg.env} --model {shlex.quote(str(folder))}")
