@@ -54,26 +54,38 @@ from lib.retrieval import (
     read_corpus,
     search_server,
 )
+from lib.spaces import AnyText
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the three environments share
 # ---------------------------------------------------------------------------------------------------------------------
 
-class AnyText(gymnasium.spaces.Text):
-    """A text space that holds every string; gymnasium's own is limited to a character set and a length."""
-
-    def contains(self, x):
-        return isinstance(x, str)
-
-
 class TextEnv(gymnasium.Env):
     """Spaces, checks of calls and scripted players. Subclasses set the three attributes below."""
-    metadata = {"render_modes": []}
+    metadata = {"render_modes": ["ansi"], "render_fps": 1}
     label = example = ""                 # the environment's name and an action, for errors
     player: Callable                     # (env, rng or None) -> (thought, action), see lib/experts.py
 
-    def __init__(self):
-        self.observation_space, self.action_space = AnyText(max_length=65536), AnyText(max_length=65536)
+    def __init__(self, render_mode=None):
+        if render_mode not in (None, "ansi"):
+            raise ValueError(f"render_mode must be None or 'ansi', not {render_mode!r}.")
+        self.render_mode = render_mode
+        self.observation_space, self.action_space = AnyText(), AnyText()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.over = False                # whether the episode has ended
+
+    def pay(self, reward, ended):
+        """The reward, which is 0 after the end of an episode; ended: whether this step ends it."""
+        reward, self.over = 0.0 if self.over else reward, self.over or ended
+        return reward
+
+    def render(self):
+        """The current observation, where render_mode is "ansi"."""
+        if not hasattr(self, "over"):
+            raise gymnasium.error.ResetNeeded(f"No episode of {self.label} is running; call reset before render.")
+        return self._observe() if self.render_mode == "ansi" else None
 
     def check_options(self, options, alone=None):
         """The options of `reset` as a dict: "split" and "task_id", or the option `alone` by itself."""
@@ -453,7 +465,7 @@ class WebShop(TextEnv):
     `reset(options=)` takes {"split": "train" | "val", "task_id": int}, {"split": "all"} (the original's weighted draw
     over all goals) or {"goal": index in `goals` or a goal}. The first 500 goals are "val", the others "train" (half
     each if there are fewer than 1,000). The reward is the graded score of a purchase, which ends the episode; it is
-    truncated after `WEBSHOP_MAX_STEPS`. As in the original, a search still works afterwards.
+    truncated after `WEBSHOP_MAX_STEPS`. As in the original, a search still works afterwards; a purchase pays nothing.
 
     State: page ("start", "results", "item", one of `SUB_PAGES`, "done"), results (asins, best first), page_number (from
     1; None before a search), asin (or None), options ({name: value} chosen), clickables (labels), goal, price ({asin:
@@ -463,8 +475,9 @@ class WebShop(TextEnv):
     label, example, player = "WebShop", "search[red lamp]", experts.webshop_player
 
     def __init__(self, data=None, *, human_goals=False, seed=233, search: Callable | None = None,
-                 nouns: Callable | None = None, shuffle_seed=233, observation_mode="text", show_attrs=False):
-        super().__init__()
+                 nouns: Callable | None = None, shuffle_seed=233, observation_mode="text", show_attrs=False,
+                 render_mode=None):
+        super().__init__(render_mode)
         if observation_mode not in ("text", "text_rich"):
             raise ValueError(f"observation_mode must be 'text' or 'text_rich', not {observation_mode!r}.")
         source = (None if data is None else str(data)), bool(human_goals)
@@ -515,8 +528,9 @@ class WebShop(TextEnv):
             score, valid = self._click(argument), True
         self.steps += 1
         bought = valid and self.page == "done"
-        observation, info = self._observe(), self._info(valid=valid, score=score)
-        return observation, score, bought, not bought and self.steps >= WEBSHOP_MAX_STEPS, info
+        truncated = not bought and self.steps >= WEBSHOP_MAX_STEPS
+        score = self.pay(score, bought or truncated)
+        return self._observe(), score, bought, truncated, self._info(valid=valid, score=score)
 
     def _click(self, label):
         """Do what the label stands for and return the score, which is 0 except for a purchase."""
@@ -871,8 +885,9 @@ class ALFWorld(TextEnv):
 
     `reset(options=)` takes {"split": one of ALFWORLD_SPLITS, or "val" for valid_unseen, "task_id": int}, or {"game":
     path of a game.tw-pddl}, which is played whatever its folder and its field `solvable` say. Official games of a split
-    are numbered in the order of their paths. The reward is 1 and the episode terminated in every state where the goal
-    is true; as in the original, one can go on from there and undo it. It is truncated after `ALFWORLD_MAX_STEPS`.
+    are numbered in the order of their paths. The episode is terminated in every state where the goal is true, and the
+    first time pays 1; as in the original, one can go on from there and undo it, which pays nothing. It is truncated
+    after `ALFWORLD_MAX_STEPS`.
 
     State: game (a `Game`), facts (those that actions change, as a set), actions ({command: action} possible now), last
     (the action done by the last step, None at the start and where nothing happened). `skipped(split)` counts the games
@@ -881,8 +896,8 @@ class ALFWorld(TextEnv):
     label, example, player = "ALFWorld", "go to desk 1", experts.alfworld_player
     task_types = ALFWORLD_TYPES
 
-    def __init__(self, data=None, *, put_wording="move"):
-        super().__init__()
+    def __init__(self, data=None, *, put_wording="move", render_mode=None):
+        super().__init__(render_mode)
         if put_wording not in PUT_WORDINGS:
             raise ValueError(f"put_wording must be 'move' or 'put', not {put_wording!r}.")
         self.source, self.put_wording = game_source(data), put_wording
@@ -892,9 +907,12 @@ class ALFWorld(TextEnv):
         super().reset(seed=seed)
         self.game, self.task_id = self._choose_game(self.check_options(options, alone="game"))
         self.facts, self.steps, self.last = set(self.game.initial), 0, None
-        observation = (f"-= Welcome to TextWorld, ALFRED! =-\n\n{look_text(self.game, self.facts, first=True)}\n\n"
-                       f"{TASK_PREFIX}{self.game.task}")
-        return observation, self._info(valid=True)
+        self.text = (f"-= Welcome to TextWorld, ALFRED! =-\n\n{look_text(self.game, self.facts, first=True)}\n\n"
+                     f"{TASK_PREFIX}{self.game.task}")
+        return self.text, self._info(valid=True)
+
+    def _observe(self):
+        return self.text
 
     def _choose_game(self, options):
         """(game, task_id); the task_id is the number in the split, None for a game given by its path."""
@@ -912,14 +930,14 @@ class ALFWorld(TextEnv):
         self.check_action(action, running=self.game is not None)
         found = self.last = self.actions.get(action.strip())
         if found is None:
-            observation = "Nothing happens."
+            self.text = "Nothing happens."
         else:
             apply_action(self.game, self.facts, found)
-            observation = feedback(self.game, self.facts, found, self.put_wording)
+            self.text = feedback(self.game, self.facts, found, self.put_wording)
         self.steps += 1
         info = self._info(valid=found is not None)
         truncated = not info["won"] and self.steps >= ALFWORLD_MAX_STEPS
-        return observation, info["score"], info["won"], truncated, info
+        return self.text, self.pay(info["score"], info["won"] or truncated), info["won"], truncated, info
 
     def _info(self, *, valid):
         self.actions = possible_actions(self.game, self.facts, self.put_wording)
@@ -1080,8 +1098,8 @@ class SearchQA(TextEnv):
     """
     label, example, player = "Search-QA", "<search> Lisbon </search>", experts.search_player
 
-    def __init__(self, data=None, *, retriever: str | Callable | None = None, topk=3):
-        super().__init__()
+    def __init__(self, data=None, *, retriever: str | Callable | None = None, topk=3, render_mode=None):
+        super().__init__(render_mode)
         if type(topk) is not int or topk < 1:
             raise ValueError(f"topk must be a whole number of at least 1, not {topk!r}.")
         self.source, self.topk = question_source(data), topk
@@ -1119,6 +1137,9 @@ class SearchQA(TextEnv):
         self.ended = bool(answers) or truncated
         info = self._info(valid=bool(answers or queries), won=won)
         return self.observation, float(won), bool(answers), truncated, info
+
+    def _observe(self):
+        return self.observation
 
     def _search(self, query):
         try:

@@ -19,11 +19,13 @@ import sys
 import threading
 import time
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
 import gymnasium
+import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
@@ -76,7 +78,9 @@ def refused(words, call, *args, kind=ValueError, **kwargs):
 @each
 def test_gymnasium_accepts_every_environment_seeds_repeat_an_episode_and_its_last_turn_truncates_it(name):
     make = functools.partial(gymnasium.make, f"sdar/{envs.ENVIRONMENTS[name].__name__}-v0")
-    check_env(make().unwrapped, skip_render_check=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(make().unwrapped)
     group = gymnasium.vector.SyncVectorEnv([make] * 21)
     texts, infos = group.reset(seed=[0, *range(20)])
     ids, kinds = infos["task_id"].tolist(), set(infos["task_type"])
@@ -88,6 +92,45 @@ def test_gymnasium_accepts_every_environment_seeds_repeat_an_episode_and_its_las
     first, second = ([env.reset(seed=5), *map(env.step, moves[:turns])] for env in (envs.make(name), envs.make(name)))
     assert first == second and envs.MAX_TURNS[name] == turns
     assert [step[2:4] for step in first[1:]] == [(False, False)] * (turns - 1) + [(False, True)]
+
+
+@each
+def test_environments_run_in_processes_of_their_own_their_texts_are_flattened_and_rendered(name):
+    entry, moves = f"sdar/{envs.ENVIRONMENTS[name].__name__}-v0", [MOVES[name], "é 本 \U0001f600"]
+    found = []
+    for mode in ("sync", "async"):
+        group = gymnasium.make_vec(entry, num_envs=2, vectorization_mode=mode)
+        found.append([group.reset(seed=[3, 4])[0], *(group.step(moves)[:4] for _ in range(2))])
+        group.close()
+    for sync, parallel in zip(*found, strict=True):
+        assert all(map(np.array_equal, sync, parallel))
+    env = gymnasium.make(entry, render_mode="ansi")
+    for move in (lambda: env.reset(seed=3), lambda: env.step(MOVES[name])):
+        text = move()[0]
+        assert env.render() == text == env.unwrapped.render() != ""
+    space, flat = env.action_space, gymnasium.spaces.flatten_space(env.action_space)
+    for sample in ("", text, moves[1], "\0\ud83d\n", "x" * space.max_length, space.sample(), space.sample()):
+        codes = gymnasium.spaces.flatten(space, sample)
+        assert codes in flat and gymnasium.spaces.unflatten(space, codes) == sample and sample in space
+    assert gymnasium.spaces.unflatten(space, gymnasium.spaces.flatten(space, text + "x" * 99999))[:len(text)] == text
+    refused("render_mode must be None or 'ansi'", envs.make, name, render_mode="human")
+    refused("call reset before render", envs.make(name).render, kind=gymnasium.error.ResetNeeded)
+    refused("neither a mask", space.sample, mask=(3, None))
+
+
+@pytest.mark.parametrize("name", ["webshop", "alfworld"])
+def test_a_step_after_the_end_pays_nothing(name):
+    env, paid = envs.make(name), []
+    for start in ([], ["search[lamp]"] * 14 if name == "webshop" else ["look"] * 49):    # won, and won after the limit
+        _, info = ask(env)
+        for action in start:
+            env.step(action)
+        rewards = []
+        for number in range(80):
+            again = name == "webshop" and env.page == "done"
+            rewards.append(env.step("search[lamp]" if again else "look" if number > 40 else env.expert())[1])
+        paid.append(sum(rewards))
+    assert paid == [1.0, 0.0]
 
 
 @each
@@ -260,7 +303,7 @@ def test_every_step_is_the_official_engines_in_either_wording_of_putting(tmp_pat
         *_, truncated, info = env.step(env.expert())
         assert not truncated
     verb, *ids = env.last
-    assert env.step(" look\n")[1:3] == (1.0, True) and env.step("Look")[0] == "Nothing happens."     # case counts
+    assert env.step(" look\n")[1:3] == (0.0, True) and env.step("Look")[0] == "Nothing happens."     # case counts
     if verb == "put":                    # a goal that is undone is no longer won
         obj, place = (env.game.names[entity] for entity in ids)
         assert env.step(f"take {obj} from {place}")[1:3] == (0.0, False)
