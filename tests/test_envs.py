@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import re
 import signal
@@ -593,7 +594,7 @@ def test_the_command_serves_a_file_until_an_interrupt(tmp_path):
     refused("no answer in 3 tries", quick(url), "cats", 1, kind=ConnectionError)       # nobody listens any more
 
 
-GAME = golden(f"alfworld/{GAMES[0]}")["game"]
+GAME, TASK = golden(f"alfworld/{GAMES[0]}")["game"], "Your task is to: "
 FILES = CASES["files"] | {"game.tw-pddl": GAME}
 LAMP, = FILES["items_shuffle.json"]
 READ = {"items_shuffle.json": envs.WebShop, "items_ins_v2.json": envs.WebShop, "corpus.jsonl": envs.SearchQA,
@@ -615,7 +616,14 @@ def write(folder, files, make=False):
 
 
 MALFORMED = [                            # (file, its content, words of the sentence that refuses it)
-    *((file, content, words) for file in FILES for content, words in CASES[file]),
+    *((file, content, words) for file in FILES for content, words in CASES[file] + CASES["any"]),
+    *((file, '{"a":' * 300000, "is not UTF-8 JSON: maximum recursion") for file in FILES),
+    ("items_shuffle.json", "[" * 300000, "is not UTF-8 JSON: maximum recursion"),
+    ("game.tw-pddl", GAME | {"pddl_problem": GAME["pddl_problem"].replace("(:goal", "(:goal " + "(not " * 99999, 1)
+                             + ")" * 99999}, "nested too deeply"),
+    *(("game.tw-pddl", GAME | {"grammar": GAME["grammar"].replace(TASK, TASK + bad, 1)}, words)
+      for bad, words in [("\\ud83d", "half of a surrogate"), ("\\x", "task sentence in the grammar is not")]),
+    *(("items_shuffle.json", [LAMP | {"category": name}], "plain name") for name in ("../a", "a/b", "..", "\n")),
     *(("items_shuffle.json", [LAMP | change], words) for change, words in CASES["products"]),
     *(("items_shuffle.json", [LAMP | {field: 5}], f"entry 0.*'{field}' must be") for field in LAMP),
     *(("items_shuffle.json", [{key: LAMP[key] for key in LAMP if key != field}], f"entry 0.*'{field}'")
@@ -630,6 +638,27 @@ def test_a_malformed_file_is_refused_in_a_sentence_that_names_the_place(tmp_path
         monkeypatch.setattr(catalogue, "LARGE", limit)
         sentence = refused(words, READ[file], write(tmp_path, {file: content}))
         assert file in sentence or str(tmp_path) in sentence
+
+
+@pytest.mark.parametrize("file", READ)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")], ids="pdl")
+def test_a_pipe_a_folder_and_a_dangling_link_in_place_of_a_file_are_refused_without_waiting(tmp_path, file, make):
+    (path := write(tmp_path, {}) / file).unlink()
+    make(path)
+    sentence = refused(".", READ[file], tmp_path, kind=(FileNotFoundError, ValueError))
+    assert str(tmp_path) in sentence and sentence.endswith("."), sentence
+    sentence = refused(".", envs.main, ["serve-search", "--corpus", str(path)], kind=SystemExit)
+    assert str(path) in sentence, sentence
+
+
+def test_a_cut_parquet_file_is_refused(tmp_path):
+    parquet, path = pytest.importorskip("pyarrow.parquet"), tmp_path / "rows.parquet"
+    parquet.write_table(sys.modules["pyarrow"].Table.from_pylist(CASES["rows"][2:3] * 999), path)
+    whole = path.read_bytes()
+    broken = whole[:100] + bytes(byte ^ 255 for byte in whole[100:400]) + whole[400:]
+    for content in (b"", whole[:-9], whole[9:], whole[:4] + whole[-99:], broken):
+        path.write_bytes(content)
+        refused("rows.parquet is not a parquet file: .*; download", data.load_questions.__wrapped__, str(path))
 
 
 def test_missing_ambiguous_and_unreadable_files_are_named(tmp_path, monkeypatch):
