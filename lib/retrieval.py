@@ -138,9 +138,11 @@ def bm25_scores(postings, query):
 def bm25(postings, query, k=HITS):
     """The identifiers of the best k documents or fewer, best first; equal scores in document order."""
     scores = bm25_scores(postings, query)
-    hits = np.flatnonzero(scores)
-    if len(hits) > k:                    # sort only what can be among the best k
-        hits = hits[scores[hits] >= np.partition(scores[hits], -k)[-k]]
+    # Sort only what can be among the best k: where k blocks of documents have a score of `floor`, k documents have.
+    size = max(1, len(scores) // (8 * k))
+    highest = scores[:len(scores) // size * size].reshape(-1, size).max(1)
+    floor = np.partition(highest, -k)[-k] if len(highest) > k else 0
+    hits = np.flatnonzero(scores >= floor) if floor > 0 else np.flatnonzero(scores)
     best = hits[np.argsort(-scores[hits], kind="stable")][:k]
     return tuple(postings.ids[best].tolist())
 
