@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import gymnasium
+import hypothesis
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
@@ -260,6 +262,23 @@ def test_search_is_bm25_in_document_order_finds_titles_and_knows_the_special_wor
     for words, page in [("lamp", 1), ("search_results lamp", 0)]:    # page names in the address count
         env.step(f"click[{results(f'search[{words}]')[0]}]")
         assert env.page == "item" and env.step("click[< prev]") and (env.page, env.page_number) == ("results", page)
+
+
+@pytest.mark.parametrize("text, terms", CASES["terms"])
+def test_terms_and_answers_are_equal_in_every_unicode_form_and_neither_marks_nor_han_runs_make_words(text, terms):
+    terms = [unicodedata.normalize("NFC", term) for term in terms]
+    forms = {unicodedata.normalize(form, text) for form in ("NFC", "NFD")}
+    for form in forms:
+        assert retrieval.search_terms(form) == terms
+        assert all(envs.exact_match(form, other) for other in forms)
+    postings = retrieval.build_postings("ab", [text, "other words"])
+    assert all(retrieval.bm25(postings, unicodedata.normalize("NFD", term)) == ("a",) for term in terms)
+
+
+@hypothesis.given(hypothesis.strategies.text(hypothesis.strategies.characters(max_codepoint=127)))
+def test_terms_of_ascii_texts_are_runs_of_letters_and_digits(text):
+    pattern, plain = retrieval.word_pattern(), re.findall(r"[^\W_]+", text)
+    assert pattern.findall(text) == plain and len(retrieval.search_terms(text)) <= len(plain)
 
 
 def test_everything_admissible_is_valid_and_nothing_else_changes_what_is_shown_or_shared(official):
