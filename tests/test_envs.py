@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -730,9 +731,9 @@ def test_a_large_catalogue_is_read_once_and_again_when_its_files_change_or_the_c
         assert dict(shop.products) == catalogue.shop_of(data.read_catalogue(shop.files)).products
         assert (dict(prices), [goal["asin"] for goal in goals], len(shop.postings().ids)) == (
             {"B000000001": 12.99}, ["B000000001"], 1)
-        return len(made), len(list(cache.iterdir()))
+        return len(made), len(list(cache.iterdir())) - locks
 
-    cache = write(tmp_path, {}) / "sdar_cache"
+    cache, locks = write(tmp_path, {}) / "sdar_cache", 2
     assert start() == (1, 2) and start() == (0, 2)
     assert start(**{"items_shuffle.json": [LAMP | {"name": "Blue Lamp"}]}) == (1, 2)
     for path in sorted((cache / "webshop-synthetic").iterdir()):
@@ -755,15 +756,22 @@ def test_the_cache_goes_where_one_can_write_is_never_half_made_and_several_proce
     monkeypatch.setattr(catalogue, "LARGE", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     beside = write(tmp_path / "a", {}, make=True) / "sdar_cache"
-    with ThreadPoolExecutor(8) as pool:
-        shops = list(pool.map(lambda _: catalogue.official_shop(tmp_path / "a", False), range(8)))
-    assert [list(shop.products) for shop in shops] == [["B000000001"]] * 8
-    assert [path.name for path in beside.iterdir()] == ["webshop-synthetic"] and not (tmp_path / "home").exists()
+    store = Mock(side_effect=catalogue.store_catalogue)
+    monkeypatch.setattr(catalogue, "store_catalogue", store)
+    for lock in (True, False):           # one makes it and the others wait, or each makes it and one is kept
+        if not lock:
+            monkeypatch.setitem(sys.modules, "fcntl", None)
+            shutil.rmtree(beside)
+        with ThreadPoolExecutor(8) as pool:
+            shops = list(pool.map(lambda _: catalogue.official_shop(tmp_path / "a", False), range(8)))
+        assert [list(shop.products) for shop in shops] == [["B000000001"]] * 8
+        assert {path.name for path in beside.iterdir()} == {"webshop-synthetic", ".webshop-synthetic.lock"}
+        assert not (tmp_path / "home").exists() and (store.call_count == 1) == lock
     (write(tmp_path / "b", {}, make=True) / "sdar_cache").write_text("a file where the folder should be")
     assert tmp_path / "home" in catalogue.official_shop(tmp_path / "b", False).products.path.parents
     (tmp_path / "b" / "items_shuffle.json").write_text(json.dumps([LAMP, LAMP | {"asin": "B2", "images": []}]))
     refused("items_shuffle.json, entry 1 \\(B2\\)", catalogue.official_shop, tmp_path / "b", False)
-    assert len(list((tmp_path / "home").glob("sdar/*/*"))) == 1                  # the outdated one, and no half
+    assert [path.name for path in (tmp_path / "home").glob("sdar/*/*") if path.is_dir()] == ["webshop-synthetic"]
     monkeypatch.setattr(catalogue, "save_postings", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     refused("cannot be written .*No space.*XDG_CACHE_HOME", catalogue.official_shop, write(tmp_path / "b", {}), True,
             kind=OSError)
