@@ -12,6 +12,7 @@ import io
 import ipaddress
 import json
 import re
+import socket
 import ssl
 import sys
 import time
@@ -442,6 +443,14 @@ class RetrieveHandler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class SearchServer(http.server.ThreadingHTTPServer):
+    def __init__(self, corpus, host, port, topk):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.corpus, self.topk = corpus, topk
+        super().__init__((host, port), RetrieveHandler)
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/retrieve"
+
+
 def search_server(corpus, host="127.0.0.1", port=8000, topk=3):
     """An HTTP server, bound and not yet started, that answers POST /retrieve from `corpus`; port 0 takes a free one.
 
@@ -450,6 +459,4 @@ def search_server(corpus, host="127.0.0.1", port=8000, topk=3):
     """
     if topk < 1:
         raise ValueError(f"topk must be at least 1, not {topk}")
-    server = http.server.ThreadingHTTPServer((host, port), RetrieveHandler)
-    server.corpus, server.topk = corpus, topk
-    return server
+    return SearchServer(corpus, host, port, topk)

@@ -443,9 +443,10 @@ def answering(replies):
         Reply(reply.encode()) if isinstance(reply, str) else reply for reply in replies))
 
 
-def test_the_server_answers_both_request_forms_and_refuses_others():
-    server, qa = retrieval.search_server(bundled_corpus(), port=0), envs.SearchQA()
-    url = f"http://127.0.0.1:{server.server_port}"
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_server_answers_both_request_forms_and_refuses_others(host):
+    server, qa = retrieval.search_server(bundled_corpus(), host, port=0), envs.SearchQA()
+    url = server.url.removesuffix("/retrieve")
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def post(body, path="/retrieve", **headers):
