@@ -804,8 +804,8 @@ def object_text(game, facts, obj):
         if qualities == ["cool"] and not is_sliced:          # the only combination that the original calls so
             qualities = ["cold"]
         return f"This is a {' and '.join(qualities)}{' sliced' if is_sliced else ''} {name}."
-    if ("toggleable", obj) in game.static:
-        return f"This {name} is {'on' if ('istoggled', obj) in facts else 'off'}."
+    if ("toggleable", obj) in game.static and ("istoggled", obj) in facts:
+        return f"This {name} is on."     # never "off": that it was not used is no fact of the original
     return f"This is a sliced {name}." if is_sliced else f"There's nothing special about {name}."
 
 

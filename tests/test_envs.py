@@ -344,6 +344,10 @@ def test_a_changed_file_is_read_again_and_texts_tell_where_one_is_and_what_was_d
     obj = next(entity for entity in game.objects if ("toggleable", entity) not in game.static)
     for done, text in CASES["qualities"]:
         assert envs.object_text(game, {(fact, obj) for fact in done.split()}, obj) == text.replace("X", game.names[obj])
+    lamp = next(entity for entity in game.objects if ("toggleable", entity) in game.static)
+    for facts, text in ((set(), f"There's nothing special about {game.names[lamp]}."),
+                        ({("istoggled", lamp)}, f"This {game.names[lamp]} is on.")):
+        assert envs.object_text(game, facts, lamp) == text
     inside = game._replace(static={("isreceptacleobject", obj), ("inreceptacleobject", game.objects[0], obj)})
     assert envs.object_text(inside, set(), obj).endswith(f"In it, you see a {game.names[game.objects[0]]}.")
     place = re.search(r"\(receptacleAtLocation \S+ (\S+)\)", GAME["pddl_problem"])[1]
