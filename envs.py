@@ -52,27 +52,44 @@ from lib.retrieval import (
     corpus_search,
     read_corpus,
 )
+from lib.spaces import AnyText
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the three environments share
 # ---------------------------------------------------------------------------------------------------------------------
 
-class AnyText(gymnasium.spaces.Text):
-    """A text space that holds every string; gymnasium's own is limited to a character set and a length."""
-
-    def contains(self, x):
-        return isinstance(x, str)
-
-
 class TextEnv(gymnasium.Env):
+<<<<<<< HEAD
     """Spaces, checks of calls and scripted players. Subclasses set the attributes below, and have `types_of`: split ->
     the `task_type` of each of its tasks, in the order of their numbers."""
     metadata = {"render_modes": []}
+=======
+    """Spaces, checks of calls and scripted players. Subclasses set the three attributes below."""
+    metadata = {"render_modes": ["ansi"], "render_fps": 1}
+>>>>>>> part-scale
     label = example = ""                 # the environment's name and an action, for errors
     player: Callable                     # (env, rng or None) -> (thought, action), see lib/experts.py
 
-    def __init__(self):
-        self.observation_space, self.action_space = AnyText(max_length=65536), AnyText(max_length=65536)
+    def __init__(self, render_mode=None):
+        if render_mode not in (None, "ansi"):
+            raise ValueError(f"render_mode must be None or 'ansi', not {render_mode!r}.")
+        self.render_mode = render_mode
+        self.observation_space, self.action_space = AnyText(), AnyText()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.over = False                # whether the episode has ended
+
+    def pay(self, reward, ended):
+        """The reward, which is 0 after the end of an episode; ended: whether this step ends it."""
+        reward, self.over = 0.0 if self.over else reward, self.over or ended
+        return reward
+
+    def render(self):
+        """The current observation, where render_mode is "ansi"."""
+        if not hasattr(self, "over"):
+            raise gymnasium.error.ResetNeeded(f"No episode of {self.label} is running; call reset before render.")
+        return self._observe() if self.render_mode == "ansi" else None
 
     def check_options(self, options, alone=None):
         """The options of `reset` as a dict: "split" and "task_id", or the option `alone` by itself."""
@@ -476,10 +493,16 @@ class WebShop(TextEnv):
     show_attrs: items also have a page of attributes.
 
     `reset(options=)` takes {"split": "train" | "val", "task_id": int}, {"split": "all"} (the original's weighted draw
+<<<<<<< HEAD
     over all goals) or {"goal": index in `goals` or a goal}. The first 500 official goals are "val", the others "train"
     (half each if there are fewer than 1,000); generated goals are split by product. The reward is the graded score of a
     purchase, which ends the episode; it is truncated after `WEBSHOP_MAX_STEPS`. As in the original, a search still
     works afterwards.
+=======
+    over all goals) or {"goal": index in `goals` or a goal}. The first 500 goals are "val", the others "train" (half
+    each if there are fewer than 1,000). The reward is the graded score of a purchase, which ends the episode; it is
+    truncated after `WEBSHOP_MAX_STEPS`. As in the original, a search still works afterwards; a purchase pays nothing.
+>>>>>>> part-scale
 
     State: page ("start", "results", "item", one of `SUB_PAGES`, "done"), results (asins, best first), page_number (from
     1; None before a search), asin (or None), options ({name: value} chosen), clickables (labels), goal, price ({asin:
@@ -489,8 +512,9 @@ class WebShop(TextEnv):
     label, example, player = "WebShop", "search[red lamp]", experts.webshop_player
 
     def __init__(self, data=None, *, human_goals=False, seed=233, search: Callable | None = None,
-                 nouns: Callable | None = None, shuffle_seed=233, observation_mode="text", show_attrs=False):
-        super().__init__()
+                 nouns: Callable | None = None, shuffle_seed=233, observation_mode="text", show_attrs=False,
+                 render_mode=None):
+        super().__init__(render_mode)
         if observation_mode not in ("text", "text_rich"):
             raise ValueError(f"observation_mode must be 'text' or 'text_rich', not {observation_mode!r}.")
         source = (None if data is None else str(data)), bool(human_goals)
@@ -542,8 +566,9 @@ class WebShop(TextEnv):
                 score, valid = self._click(label), True
         self.steps += 1
         bought = valid and self.page == "done"
-        observation, info = self._observe(), self._info(valid=valid, score=score)
-        return observation, score, bought, not bought and self.steps >= WEBSHOP_MAX_STEPS, info
+        truncated = not bought and self.steps >= WEBSHOP_MAX_STEPS
+        score = self.pay(score, bought or truncated)
+        return self._observe(), score, bought, truncated, self._info(valid=valid, score=score)
 
     def _click(self, label):
         """Do what the label stands for and return the score, which is 0 except for a purchase."""
@@ -819,8 +844,8 @@ def object_text(game, facts, obj):
         if qualities == ["cool"] and not is_sliced:          # the only combination that the original calls so
             qualities = ["cold"]
         return f"This is a {' and '.join(qualities)}{' sliced' if is_sliced else ''} {name}."
-    if ("toggleable", obj) in game.static:
-        return f"This {name} is {'on' if ('istoggled', obj) in facts else 'off'}."
+    if ("toggleable", obj) in game.static and ("istoggled", obj) in facts:
+        return f"This {name} is on."     # never "off": that it was not used is no fact of the original
     return f"This is a sliced {name}." if is_sliced else f"There's nothing special about {name}."
 
 
@@ -900,8 +925,9 @@ class ALFWorld(TextEnv):
 
     `reset(options=)` takes {"split": one of ALFWORLD_SPLITS, or "val" for valid_unseen, "task_id": int}, or {"game":
     path of a game.tw-pddl}, which is played whatever its folder and its field `solvable` say. Official games of a split
-    are numbered in the order of their paths. The reward is 1 and the episode terminated in every state where the goal
-    is true; as in the original, one can go on from there and undo it. It is truncated after `ALFWORLD_MAX_STEPS`.
+    are numbered in the order of their paths. The episode is terminated in every state where the goal is true, and the
+    first time pays 1; as in the original, one can go on from there and undo it, which pays nothing. It is truncated
+    after `ALFWORLD_MAX_STEPS`.
 
     State: game (a `Game`), facts (those that actions change, as a set), actions ({command: action} possible now), last
     (the action done by the last step, None at the start and where nothing happened). `skipped(split)` counts the games
@@ -910,8 +936,8 @@ class ALFWorld(TextEnv):
     label, example, player = "ALFWorld", "go to desk 1", experts.alfworld_player
     task_types = ALFWORLD_TYPES
 
-    def __init__(self, data=None, *, put_wording="move"):
-        super().__init__()
+    def __init__(self, data=None, *, put_wording="move", render_mode=None):
+        super().__init__(render_mode)
         if put_wording not in PUT_WORDINGS:
             raise ValueError(f"put_wording must be 'move' or 'put', not {put_wording!r}.")
         self.source, self.put_wording = game_source(data), put_wording
@@ -921,9 +947,12 @@ class ALFWorld(TextEnv):
         super().reset(seed=seed)
         self.game, self.task_id = self._choose_game(self.check_options(options, alone="game"))
         self.facts, self.steps, self.last = set(self.game.initial), 0, None
-        observation = (f"-= Welcome to TextWorld, ALFRED! =-\n\n{look_text(self.game, self.facts, first=True)}\n\n"
-                       f"{TASK_PREFIX}{self.game.task}")
-        return observation, self._info(valid=True)
+        self.text = (f"-= Welcome to TextWorld, ALFRED! =-\n\n{look_text(self.game, self.facts, first=True)}\n\n"
+                     f"{TASK_PREFIX}{self.game.task}")
+        return self.text, self._info(valid=True)
+
+    def _observe(self):
+        return self.text
 
     def _choose_game(self, options):
         """(game, task_id); the task_id is the number in the split, None for a game given by its path."""
@@ -941,14 +970,14 @@ class ALFWorld(TextEnv):
         self.check_action(action, running=self.game is not None)
         found = self.last = self.actions.get(nfc(action.strip()))
         if found is None:
-            observation = "Nothing happens."
+            self.text = "Nothing happens."
         else:
             apply_action(self.game, self.facts, found)
-            observation = feedback(self.game, self.facts, found, self.put_wording)
+            self.text = feedback(self.game, self.facts, found, self.put_wording)
         self.steps += 1
         info = self._info(valid=found is not None)
         truncated = not info["won"] and self.steps >= ALFWORLD_MAX_STEPS
-        return observation, info["score"], info["won"], truncated, info
+        return self.text, self.pay(info["score"], info["won"] or truncated), info["won"], truncated, info
 
     def _info(self, *, valid):
         self.actions = possible_actions(self.game, self.facts, self.put_wording)
@@ -1108,8 +1137,8 @@ class SearchQA(TextEnv):
     """
     label, example, player = "Search-QA", "<search> Lisbon </search>", experts.search_player
 
-    def __init__(self, data=None, *, retriever: str | Callable | None = None, topk=3):
-        super().__init__()
+    def __init__(self, data=None, *, retriever: str | Callable | None = None, topk=3, render_mode=None):
+        super().__init__(render_mode)
         if type(topk) is not int or topk < 1:
             raise ValueError(f"topk must be a whole number of at least 1, not {topk!r}.")
         self.source, self.topk = question_source(data), topk
@@ -1147,6 +1176,9 @@ class SearchQA(TextEnv):
         self.ended = bool(answers) or truncated
         info = self._info(valid=bool(answers or queries), won=won)
         return self.observation, float(won), bool(answers), truncated, info
+
+    def _observe(self):
+        return self.observation
 
     def _search(self, query):
         try:
@@ -1212,5 +1244,31 @@ def parse_action(env_name, text, *, official=False):
     return PARSERS[env_name](text, official=official)
 
 
+<<<<<<< HEAD
+=======
+def main(argv=None):
+    """`python envs.py serve-search`: the bundled passages, or those of a file, behind POST /retrieve."""
+    parser = argparse.ArgumentParser(description="Serves Search-QA's retriever: BM25 over passages, POST /retrieve.")
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "serve-search", help="serve passages until Ctrl-C", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    command.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any free one")
+    command.add_argument("--corpus", help='JSONL file of {"id", "contents"}; without it the bundled facts')
+    command.add_argument("--topk", type=int, default=3, help="passages for a request that asks for no number")
+    args = parser.parse_args(argv)
+    try:
+        corpus = read_corpus(args.corpus) if args.corpus else bundled_corpus()
+        server = search_server(corpus, args.host, args.port, args.topk)
+    except (OSError, ValueError, OverflowError) as error:
+        sys.exit(f"error: cannot serve on {args.host}:{args.port}: {error}")
+    with server:
+        print(f"Serving at {server.url}, until Ctrl-C.", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+>>>>>>> part-scale
 if __name__ == "__main__":
     server.main()  # python envs.py serve-search

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import random
 import re
-import types
 import warnings
 from collections import defaultdict
 from pathlib import Path

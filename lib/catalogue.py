@@ -198,22 +198,54 @@ def is_whole(folder, stamp):
 def cached(data, files, name, build):
     """The folder `name` that build(folder) makes of `files` in the folder `data`: made once, kept until they change.
 
-    Written under another name and renamed, so that it is whole or not there, and processes that start at once are safe.
-    Raises OSError where neither of `cache_homes` can be written.
+    Written under another name and renamed, so that it is whole or not there. Of processes that start at once one makes
+    it and the others wait. Raises OSError where neither of `cache_homes` can be written.
     """
     stamp = [FORMAT, {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}]
     homes = cache_homes(data)
     for home in homes:
         if is_whole(home / name, stamp):
             return home / name
-    for home in homes:
-        with contextlib.suppress(OSError):           # the next one, then
-            home.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home))
-            break
-    else:
+    home = next(filter(is_writable, homes), None)
+    if home is None:
         raise OSError(f"Neither {homes[0]} nor {homes[1]} can be written; make one of them writable, or set "
                       "XDG_CACHE_HOME to a folder that is.")
+    with alone(home / f".{name}.lock"):
+        if not is_whole(home / name, stamp):
+            make(home, name, stamp, build)
+    return home / name
+
+
+def is_writable(home):
+    """Whether files can be made in a folder, which is made if need be."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=home).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Holds a lock on the file `path`, if the system has locks; says so if another process makes it wait."""
+    with open(path, "a") as file:
+        with contextlib.suppress(ImportError, OSError):              # Windows, and some network drives
+            import fcntl
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"Waiting for another process, which makes {path.parent}.", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def make(home, name, stamp, build):
+    """Makes the folder home/name anew by build(folder); what fails leaves nothing behind."""
+    for old in home.glob(f".{name}-*"):              # of processes that were killed
+        if time.time() - old.stat().st_mtime > ABANDONED:
+            shutil.rmtree(old, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home))
     try:
         build(aside)
         written = {"stamp": stamp, "contents": checksums(aside)}
@@ -227,14 +259,10 @@ def cached(data, files, name, build):
                       "folder on a larger disk.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return home / name
 
 
 def move_in(aside, folder, stamp):
-    """Renames a finished folder to its place, unless another process has put a whole one there meanwhile."""
-    for old in folder.parent.glob(f".{folder.name}-*"):
-        if time.time() - old.stat().st_mtime > ABANDONED:
-            shutil.rmtree(old, ignore_errors=True)
+    """Renames a finished folder to its place, unless, where there is no lock, another process was quicker."""
     if is_whole(folder, stamp):
         return
     outdated = aside.with_name(aside.name + "-old")

@@ -55,24 +55,29 @@ def check_text(content, where):
                          "character; remove it, or write the file again.") from error
 
 
-def regular_file(path, content):
-    """`path` as a `Path`, which must be a file and not a folder, pipe or device; `content` says what is expected."""
+def check_file(path, content):
+    """`path` as a `Path`, which must be a file, not a folder, pipe or device; `content` says what is expected there."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}; give the path of {content}.")
-    if not path.is_file():
+    if not path.is_file():               # a pipe would be waited for
         raise FileNotFoundError(f"{path} cannot be read: it is not a regular file; give the path of {content}.")
     return path
 
 
+def open_file(path, content, **options):
+    """`open(path, **options)` after `check_file`."""
+    path = check_file(path, content)
+    try:
+        return open(path, **options)
+    except OSError as error:
+        raise FileNotFoundError(f"{path} cannot be read ({error.strerror}); give the path of {content}.") from error
+
+
 def read_json_file(path, kind):
     """The content of a JSON file, which must be a `kind` (dict or list)."""
-    path = regular_file(path, "a JSON file")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise FileNotFoundError(f"{path} cannot be read ({error.strerror}); give the path of a JSON file.") from error
-    return parse_json(data, kind, path)
+    with open_file(path, "a JSON file", mode="rb") as file:
+        return parse_json(file.read(), kind, path)
 
 
 def read_json_list(path, progress=None):
@@ -80,7 +85,7 @@ def read_json_list(path, progress=None):
 
     progress: a tqdm bar that counts bytes.
     """
-    with open(regular_file(path, "a JSON file"), encoding="utf-8") as file:
+    with open_file(path, "a JSON file", encoding="utf-8") as file:
         try:
             start = file.read(64).lstrip()
             if start[:1] == "[":
@@ -123,7 +128,7 @@ def parse_entries(text, file, path, progress):
 
 def read_jsonl(path):
     """Yields ("file, line n", dict) for every line that is not blank."""
-    with open(path, "rb") as lines:
+    with open_file(path, "a file with an object per line", mode="rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{path}, line {number}"
@@ -148,6 +153,12 @@ def checked(entry, field, kind, where):
         strings = " of strings" if isinstance(value, list) else ""
         raise ValueError(f"{where}: field {field!r} must be a {names}{strings}, not {value!r:.60}.")
     return value
+
+
+def check_name(text, where):
+    """Raises ValueError for a task's type that cannot name a file, as that of its skills, in a folder."""
+    if not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f\x7f]{0,100}", text):
+        raise ValueError(f"{where} must be a plain name of at most 100 characters, without slashes, not {text!r:.60}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +228,7 @@ def find_file(folder, pattern):
     if len(matches) > 1:
         names = ", ".join(path.name for path in matches)
         raise ValueError(f"Several files match {pattern} in {folder} ({names}); keep one of them there.")
-    return matches[0]
+    return check_file(matches[0], "the official WebShop file")
 
 
 def read_products(catalogue):
@@ -252,7 +263,7 @@ def load_product(entry, where):
     options, images = parse_options(entry, where)
     if not isinstance(entry.get("images"), list) or not entry["images"]:
         raise ValueError(f"{where}: field 'images' must be a list of at least one address.")
-    checked(entry, "category", str, where)
+    check_name(checked(entry, "category", str, where), f"{where}: field 'category'")
     checked(entry, "product_category", str, where)
     return {
         **{field: value for field, value in entry.items() if field not in DROPPED_FIELDS},
@@ -651,7 +662,12 @@ def read_task(grammar, where):
     match = re.search(r'"task"\s*:\s*\[\s*\{\s*"rhs"\s*:\s*("(?:[^"\\]|\\.)*")', grammar)
     if match is None:
         raise ValueError(f"{where}: the grammar has no rule \"task\" with the task sentence; add one.")
-    return json.loads(match[1], strict=False).removeprefix(TASK_PREFIX)
+    try:
+        task = json.loads(match[1], strict=False)
+    except ValueError as error:
+        raise not_json(f"{where}: the task sentence in the grammar", error) from error
+    check_text(task, where)
+    return task.removeprefix(TASK_PREFIX)
 
 
 def read_task_type(path):
@@ -680,8 +696,11 @@ def parse_game(content, where, task_type="unknown"):
         raise ValueError(f"{where}: (:objects ...) must be a plain list and (:goal ...) hold one formula.")
     facts = [fact if isinstance(fact, list) else [fact] for fact in sections[":init"]
              if not isinstance(fact, list) or fact[:1] != ["="]]     # those are distances and costs, for planners
-    return build_game(parse_typed(sections[":objects"]), facts, sections[":goal"][0],
-                      read_task(content["grammar"], where), task_type, where)
+    task = read_task(content["grammar"], where)
+    try:
+        return build_game(parse_typed(sections[":objects"]), facts, sections[":goal"][0], task, task_type, where)
+    except RecursionError as error:
+        raise ValueError(f"{where}: the PDDL problem is nested too deeply; take the file as published.") from error
 
 
 def load_game(path):
@@ -769,11 +788,13 @@ def read_parquet(path):
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(f"Reading {path} needs pyarrow: pip install pyarrow, or give the rows as JSONL.") from error
-    try:
-        fields = [name for name in pyarrow.parquet.read_schema(path).names if name in ROW_FIELDS]
-        rows = pyarrow.parquet.read_table(path, columns=fields).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file: {error}.") from error
+    with open_file(path, "a parquet file", mode="rb") as file:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            rows = table.read([name for name in table.schema_arrow.names if name in ROW_FIELDS]).to_pylist()
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"{path} is not a parquet file: {reason}; download or write it again.") from error
     for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", row
 

@@ -12,6 +12,7 @@ import io
 import ipaddress
 import json
 import re
+import socket
 import ssl
 import sys
 import time
@@ -138,9 +139,11 @@ def bm25_scores(postings, query):
 def bm25(postings, query, k=HITS):
     """The identifiers of the best k documents or fewer, best first; equal scores in document order."""
     scores = bm25_scores(postings, query)
-    hits = np.flatnonzero(scores)
-    if len(hits) > k:                    # sort only what can be among the best k
-        hits = hits[scores[hits] >= np.partition(scores[hits], -k)[-k]]
+    # Sort only what can be among the best k: where k blocks of documents have a score of `floor`, k documents have.
+    size = max(1, len(scores) // (8 * k))
+    highest = scores[:len(scores) // size * size].reshape(-1, size).max(1)
+    floor = np.partition(highest, -k)[-k] if len(highest) > k else 0
+    hits = np.flatnonzero(scores >= floor) if floor > 0 else np.flatnonzero(scores)
     best = hits[np.argsort(-scores[hits], kind="stable")][:k]
     return tuple(postings.ids[best].tolist())
 
@@ -440,6 +443,14 @@ class RetrieveHandler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class SearchServer(http.server.ThreadingHTTPServer):
+    def __init__(self, corpus, host, port, topk):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.corpus, self.topk = corpus, topk
+        super().__init__((host, port), RetrieveHandler)
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/retrieve"
+
+
 def search_server(corpus, host="127.0.0.1", port=8000, topk=3):
     """An HTTP server, bound and not yet started, that answers POST /retrieve from `corpus`; port 0 takes a free one.
 
@@ -448,6 +459,4 @@ def search_server(corpus, host="127.0.0.1", port=8000, topk=3):
     """
     if topk < 1:
         raise ValueError(f"topk must be at least 1, not {topk}")
-    server = http.server.ThreadingHTTPServer((host, port), RetrieveHandler)
-    server.corpus, server.topk = corpus, topk
-    return server
+    return SearchServer(corpus, host, port, topk)

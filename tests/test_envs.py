@@ -10,20 +10,26 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
 import gymnasium
+import hypothesis
+import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
@@ -76,7 +82,9 @@ def refused(words, call, *args, kind=ValueError, **kwargs):
 @each
 def test_gymnasium_accepts_every_environment_seeds_repeat_an_episode_and_its_last_turn_truncates_it(name):
     make = functools.partial(gymnasium.make, f"sdar/{envs.ENVIRONMENTS[name].__name__}-v0")
-    check_env(make().unwrapped, skip_render_check=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(make().unwrapped)
     group = gymnasium.vector.SyncVectorEnv([make] * 21)
     texts, infos = group.reset(seed=[0, *range(20)])
     ids, kinds = infos["task_id"].tolist(), set(infos["task_type"])
@@ -88,6 +96,45 @@ def test_gymnasium_accepts_every_environment_seeds_repeat_an_episode_and_its_las
     first, second = ([env.reset(seed=5), *map(env.step, moves[:turns])] for env in (envs.make(name), envs.make(name)))
     assert first == second and envs.MAX_TURNS[name] == turns
     assert [step[2:4] for step in first[1:]] == [(False, False)] * (turns - 1) + [(False, True)]
+
+
+@each
+def test_environments_run_in_processes_of_their_own_their_texts_are_flattened_and_rendered(name):
+    entry, moves = f"sdar/{envs.ENVIRONMENTS[name].__name__}-v0", [MOVES[name], "é 本 \U0001f600"]
+    found = []
+    for mode in ("sync", "async"):
+        group = gymnasium.make_vec(entry, num_envs=2, vectorization_mode=mode)
+        found.append([group.reset(seed=[3, 4])[0], *(group.step(moves)[:4] for _ in range(2))])
+        group.close()
+    for sync, parallel in zip(*found, strict=True):
+        assert all(map(np.array_equal, sync, parallel))
+    env = gymnasium.make(entry, render_mode="ansi")
+    for move in (lambda: env.reset(seed=3), lambda: env.step(MOVES[name])):
+        text = move()[0]
+        assert env.render() == text == env.unwrapped.render() != ""
+    space, flat = env.action_space, gymnasium.spaces.flatten_space(env.action_space)
+    for sample in ("", text, moves[1], "\0\ud83d\n", "x" * space.max_length, space.sample(), space.sample()):
+        codes = gymnasium.spaces.flatten(space, sample)
+        assert codes in flat and gymnasium.spaces.unflatten(space, codes) == sample and sample in space
+    assert gymnasium.spaces.unflatten(space, gymnasium.spaces.flatten(space, text + "x" * 99999))[:len(text)] == text
+    refused("render_mode must be None or 'ansi'", envs.make, name, render_mode="human")
+    refused("call reset before render", envs.make(name).render, kind=gymnasium.error.ResetNeeded)
+    refused("neither a mask", space.sample, mask=(3, None))
+
+
+@pytest.mark.parametrize("name", ["webshop", "alfworld"])
+def test_a_step_after_the_end_pays_nothing(name):
+    env, paid = envs.make(name), []
+    for start in ([], ["search[lamp]"] * 14 if name == "webshop" else ["look"] * 49):    # won, and won after the limit
+        _, info = ask(env)
+        for action in start:
+            env.step(action)
+        rewards = []
+        for number in range(80):
+            again = name == "webshop" and env.page == "done"
+            rewards.append(env.step("search[lamp]" if again else "look" if number > 40 else env.expert())[1])
+        paid.append(sum(rewards))
+    assert paid == [1.0, 0.0]
 
 
 @each
@@ -268,6 +315,23 @@ def test_search_is_bm25_in_document_order_finds_titles_and_knows_the_special_wor
         assert env.page == "item" and env.step("click[< prev]") and (env.page, env.page_number) == ("results", page)
 
 
+@pytest.mark.parametrize("text, terms", CASES["terms"])
+def test_terms_and_answers_are_equal_in_every_unicode_form_and_neither_marks_nor_han_runs_make_words(text, terms):
+    terms = [unicodedata.normalize("NFC", term) for term in terms]
+    forms = {unicodedata.normalize(form, text) for form in ("NFC", "NFD")}
+    for form in forms:
+        assert retrieval.search_terms(form) == terms
+        assert all(envs.exact_match(form, other) for other in forms)
+    postings = retrieval.build_postings("ab", [text, "other words"])
+    assert all(retrieval.bm25(postings, unicodedata.normalize("NFD", term)) == ("a",) for term in terms)
+
+
+@hypothesis.given(hypothesis.strategies.text(hypothesis.strategies.characters(max_codepoint=127)))
+def test_terms_of_ascii_texts_are_runs_of_letters_and_digits(text):
+    pattern, plain = retrieval.word_pattern(), re.findall(r"[^\W_]+", text)
+    assert pattern.findall(text) == plain and len(retrieval.search_terms(text)) <= len(plain)
+
+
 def test_everything_admissible_is_valid_and_nothing_else_changes_what_is_shown_or_shared(official):
     env, rng = envs.WebShop(official), random.Random(0)
     everything = lambda: json.dumps([dict(env.products), env.goals[:], dict(env.price)])
@@ -310,7 +374,7 @@ def test_every_step_is_the_official_engines_in_either_wording_of_putting(tmp_pat
         *_, truncated, info = env.step(env.expert())
         assert not truncated
     verb, *ids = env.last
-    assert env.step(" look\n")[1:3] == (1.0, True) and env.step("Look")[0] == "Nothing happens."     # case counts
+    assert env.step(" look\n")[1:3] == (0.0, True) and env.step("Look")[0] == "Nothing happens."     # case counts
     if verb == "put":                    # a goal that is undone is no longer won
         obj, place = (env.game.names[entity] for entity in ids)
         assert env.step(f"take {obj} from {place}")[1:3] == (0.0, False)
@@ -330,6 +394,10 @@ def test_a_changed_file_is_read_again_and_texts_tell_where_one_is_and_what_was_d
     obj = next(entity for entity in game.objects if ("toggleable", entity) not in game.static)
     for done, text in CASES["qualities"]:
         assert envs.object_text(game, {(fact, obj) for fact in done.split()}, obj) == text.replace("X", game.names[obj])
+    lamp = next(entity for entity in game.objects if ("toggleable", entity) in game.static)
+    for facts, text in ((set(), f"There's nothing special about {game.names[lamp]}."),
+                        ({("istoggled", lamp)}, f"This {game.names[lamp]} is on.")):
+        assert envs.object_text(game, facts, lamp) == text
     inside = game._replace(static={("isreceptacleobject", obj), ("inreceptacleobject", game.objects[0], obj)})
     assert envs.object_text(inside, set(), obj).endswith(f"In it, you see a {game.names[game.objects[0]]}.")
     place = re.search(r"\(receptacleAtLocation \S+ (\S+)\)", GAME["pddl_problem"])[1]
@@ -429,9 +497,10 @@ def answering(replies):
         Reply(reply.encode()) if isinstance(reply, str) else reply for reply in replies))
 
 
-def test_the_server_answers_both_request_forms_and_refuses_others():
-    server, qa = retrieval.search_server(bundled_corpus(), port=0), envs.SearchQA()
-    url = f"http://127.0.0.1:{server.server_port}"
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_server_answers_both_request_forms_and_refuses_others(host):
+    server, qa = retrieval.search_server(bundled_corpus(), host, port=0), envs.SearchQA()
+    url = server.url.removesuffix("/retrieve")
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def post(body, path="/retrieve", **headers):
@@ -600,7 +669,7 @@ def test_the_command_serves_a_file_until_an_interrupt(tmp_path):
     refused("no answer in 3 tries", quick(url), "cats", 1, kind=ConnectionError)       # nobody listens any more
 
 
-GAME = golden(f"alfworld/{GAMES[0]}")["game"]
+GAME, TASK = golden(f"alfworld/{GAMES[0]}")["game"], "Your task is to: "
 FILES = CASES["files"] | {"game.tw-pddl": GAME}
 LAMP, = FILES["items_shuffle.json"]
 READ = {"items_shuffle.json": envs.WebShop, "items_ins_v2.json": envs.WebShop, "corpus.jsonl": envs.SearchQA,
@@ -622,7 +691,14 @@ def write(folder, files, make=False):
 
 
 MALFORMED = [                            # (file, its content, words of the sentence that refuses it)
-    *((file, content, words) for file in FILES for content, words in CASES[file]),
+    *((file, content, words) for file in FILES for content, words in CASES[file] + CASES["any"]),
+    *((file, '{"a":' * 300000, "is not UTF-8 JSON: maximum recursion") for file in FILES),
+    ("items_shuffle.json", "[" * 300000, "is not UTF-8 JSON: maximum recursion"),
+    ("game.tw-pddl", GAME | {"pddl_problem": GAME["pddl_problem"].replace("(:goal", "(:goal " + "(not " * 99999, 1)
+                             + ")" * 99999}, "nested too deeply"),
+    *(("game.tw-pddl", GAME | {"grammar": GAME["grammar"].replace(TASK, TASK + bad, 1)}, words)
+      for bad, words in [("\\ud83d", "half of a surrogate"), ("\\x", "task sentence in the grammar is not")]),
+    *(("items_shuffle.json", [LAMP | {"category": name}], "plain name") for name in ("../a", "a/b", "..", "\n")),
     *(("items_shuffle.json", [LAMP | change], words) for change, words in CASES["products"]),
     *(("items_shuffle.json", [LAMP | {field: 5}], f"entry 0.*'{field}' must be") for field in LAMP),
     *(("items_shuffle.json", [{key: LAMP[key] for key in LAMP if key != field}], f"entry 0.*'{field}'")
@@ -637,6 +713,27 @@ def test_a_malformed_file_is_refused_in_a_sentence_that_names_the_place(tmp_path
         monkeypatch.setattr(catalogue, "LARGE", limit)
         sentence = refused(words, READ[file], write(tmp_path, {file: content}))
         assert file in sentence or str(tmp_path) in sentence
+
+
+@pytest.mark.parametrize("file", READ)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")], ids="pdl")
+def test_a_pipe_a_folder_and_a_dangling_link_in_place_of_a_file_are_refused_without_waiting(tmp_path, file, make):
+    (path := write(tmp_path, {}) / file).unlink()
+    make(path)
+    sentence = refused(".", READ[file], tmp_path, kind=(FileNotFoundError, ValueError))
+    assert str(tmp_path) in sentence and sentence.endswith("."), sentence
+    sentence = refused(".", envs.main, ["serve-search", "--corpus", str(path)], kind=SystemExit)
+    assert str(path) in sentence, sentence
+
+
+def test_a_cut_parquet_file_is_refused(tmp_path):
+    parquet, path = pytest.importorskip("pyarrow.parquet"), tmp_path / "rows.parquet"
+    parquet.write_table(sys.modules["pyarrow"].Table.from_pylist(CASES["rows"][2:3] * 999), path)
+    whole = path.read_bytes()
+    broken = whole[:100] + bytes(byte ^ 255 for byte in whole[100:400]) + whole[400:]
+    for content in (b"", whole[:-9], whole[9:], whole[:4] + whole[-99:], broken):
+        path.write_bytes(content)
+        refused("rows.parquet is not a parquet file: .*; download", data.load_questions.__wrapped__, str(path))
 
 
 def test_missing_ambiguous_and_unreadable_files_are_named(tmp_path, monkeypatch):
@@ -689,9 +786,9 @@ def test_a_large_catalogue_is_read_once_and_again_when_its_files_change_or_the_c
         assert dict(shop.products) == catalogue.shop_of(data.read_catalogue(shop.files)).products
         assert (dict(prices), [goal["asin"] for goal in goals], len(shop.postings().ids)) == (
             {"B000000001": 12.99}, ["B000000001"], 1)
-        return len(made), len(list(cache.iterdir()))
+        return len(made), len(list(cache.iterdir())) - locks
 
-    cache = write(tmp_path, {}) / "sdar_cache"
+    cache, locks = write(tmp_path, {}) / "sdar_cache", 2
     assert start() == (1, 2) and start() == (0, 2)
     assert start(**{"items_shuffle.json": [LAMP | {"name": "Blue Lamp"}]}) == (1, 2)
     for path in sorted((cache / "webshop-synthetic").iterdir()):
@@ -714,15 +811,22 @@ def test_the_cache_goes_where_one_can_write_is_never_half_made_and_several_proce
     monkeypatch.setattr(catalogue, "LARGE", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     beside = write(tmp_path / "a", {}, make=True) / "sdar_cache"
-    with ThreadPoolExecutor(8) as pool:
-        shops = list(pool.map(lambda _: catalogue.official_shop(tmp_path / "a", False), range(8)))
-    assert [list(shop.products) for shop in shops] == [["B000000001"]] * 8
-    assert [path.name for path in beside.iterdir()] == ["webshop-synthetic"] and not (tmp_path / "home").exists()
+    store = Mock(side_effect=catalogue.store_catalogue)
+    monkeypatch.setattr(catalogue, "store_catalogue", store)
+    for lock in (True, False):           # one makes it and the others wait, or each makes it and one is kept
+        if not lock:
+            monkeypatch.setitem(sys.modules, "fcntl", None)
+            shutil.rmtree(beside)
+        with ThreadPoolExecutor(8) as pool:
+            shops = list(pool.map(lambda _: catalogue.official_shop(tmp_path / "a", False), range(8)))
+        assert [list(shop.products) for shop in shops] == [["B000000001"]] * 8
+        assert {path.name for path in beside.iterdir()} == {"webshop-synthetic", ".webshop-synthetic.lock"}
+        assert not (tmp_path / "home").exists() and (store.call_count == 1) == lock
     (write(tmp_path / "b", {}, make=True) / "sdar_cache").write_text("a file where the folder should be")
     assert tmp_path / "home" in catalogue.official_shop(tmp_path / "b", False).products.path.parents
     (tmp_path / "b" / "items_shuffle.json").write_text(json.dumps([LAMP, LAMP | {"asin": "B2", "images": []}]))
     refused("items_shuffle.json, entry 1 \\(B2\\)", catalogue.official_shop, tmp_path / "b", False)
-    assert len(list((tmp_path / "home").glob("sdar/*/*"))) == 1                  # the outdated one, and no half
+    assert [path.name for path in (tmp_path / "home").glob("sdar/*/*") if path.is_dir()] == ["webshop-synthetic"]
     monkeypatch.setattr(catalogue, "save_postings", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     refused("cannot be written .*No space.*XDG_CACHE_HOME", catalogue.official_shop, write(tmp_path / "b", {}), True,
             kind=OSError)
