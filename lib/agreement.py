@@ -16,7 +16,7 @@ from lib.runs import UserError
 
 LIMIT = 1e-3  # of a difference of log-probs in fp32, in nats, where logits have a standard deviation of 1
 RESPONSE = 16  # tokens of a trial response, at most
-BUDGET = {"cpu": 2e9, "cuda": 2e13}  # operations that a trial forward pass may cost: less than a second for all of them
+BUDGET = {"cpu": 3e9, "cuda": 2e13}  # operations that a trial forward pass may cost: less than a second for all of them
 
 
 def check_model(policy, name, longest, sample, score):
@@ -36,11 +36,10 @@ def check_model(policy, name, longest, sample, score):
     heat = attempt(name, "its own forward pass", spread, exact, prompts[0])
     responses = attempt(name, "sampling", sample, exact, prompts * 2, RESPONSE, heat)
     groups = [responses[0::2], responses[1::2]]  # siblings leave the batch at different times
-    ids = [[response.ids for response in group] for group in groups]
-    apart = tuple(zip(*([prompt, [response]] for prompt, group in zip(prompts, ids) for response in group)))
-    own = attempt(name, "its own forward pass", own_logp, exact, *apart, heat)
-    sampled = torch.tensor([x for group in groups for response in group for x in response.logp], device=own.device)
-    alone = attempt(name, "training", score, exact, *apart, heat)
+    ids, last = [[response.ids for response in group] for group in groups], [[group[-1].ids] for group in groups]
+    own = attempt(name, "its own forward pass", own_logp, exact, prompts, last, heat)  # of the last sibling alone
+    sampled = torch.tensor([x for group in groups for x in group[-1].logp], device=own.device)
+    alone = attempt(name, "training", score, exact, prompts, last, heat)
     for doing, logp in (("sampling", sampled), ("training", alone)):
         if not largest(logp - own) < LIMIT:
             raise UserError(f"{name} is not supported: log-probs in {doing} differ from the model's own by "
@@ -49,8 +48,8 @@ def check_model(policy, name, longest, sample, score):
     packs = packed is not None and largest(packed - own) < LIMIT
     logp = packed if packs else alone
     if policy.autocast:
-        logp = attempt(name, "training in bf16", score, policy, *((prompts, ids) if packs else apart), heat)
-        check_rounding(name, logp - own, attempt(name, "bf16", own_logp, policy, *apart, heat) - own)
+        logp = attempt(name, "training in bf16", score, policy, prompts, last, heat)
+        check_rounding(name, logp - own, attempt(name, "bf16", own_logp, policy, prompts, last, heat) - own)
     return largest(logp - own), packs
 
 
@@ -134,16 +133,19 @@ def familiar(config, tried):
     return (attention_window(config) or 0) < tried and not others and kinds <= {"full_attention", "sliding_attention"}
 
 
-def packed_logp(policy, score, prompts, responses, longest, temperature):
-    """The trainer's log-probs [N] with siblings packed, or None where that fails, or says nothing about longer rows."""
+def packed_logp(policy, score, prompts, siblings, longest, temperature):
+    """The trainer's log-probs [N] of the last sibling of each prompt when all are packed, or None where that fails, or
+    says nothing about longer rows."""
     tried = max(map(len, prompts)) + RESPONSE
     if tried < longest and not familiar(text_config(policy.model), tried):
         return None
     try:
         with torch.no_grad():
-            return score(policy, prompts, responses, temperature)
+            logp = score(policy, prompts, siblings, temperature)
     except Exception:  # whatever the model's code makes of a mask that it does not expect: it is trained without one
         return None
+    last = [k == len(group) - 1 for group in siblings for k, ids in enumerate(group) for _ in ids]
+    return logp[torch.tensor(last, device=logp.device)]
 
 
 def check_rounding(name, trained, own):
