@@ -59,14 +59,9 @@ from lib.spaces import AnyText
 # ---------------------------------------------------------------------------------------------------------------------
 
 class TextEnv(gymnasium.Env):
-<<<<<<< HEAD
     """Spaces, checks of calls and scripted players. Subclasses set the attributes below, and have `types_of`: split ->
     the `task_type` of each of its tasks, in the order of their numbers."""
-    metadata = {"render_modes": []}
-=======
-    """Spaces, checks of calls and scripted players. Subclasses set the three attributes below."""
     metadata = {"render_modes": ["ansi"], "render_fps": 1}
->>>>>>> part-scale
     label = example = ""                 # the environment's name and an action, for errors
     player: Callable                     # (env, rng or None) -> (thought, action), see lib/experts.py
 
@@ -493,16 +488,10 @@ class WebShop(TextEnv):
     show_attrs: items also have a page of attributes.
 
     `reset(options=)` takes {"split": "train" | "val", "task_id": int}, {"split": "all"} (the original's weighted draw
-<<<<<<< HEAD
     over all goals) or {"goal": index in `goals` or a goal}. The first 500 official goals are "val", the others "train"
     (half each if there are fewer than 1,000); generated goals are split by product. The reward is the graded score of a
     purchase, which ends the episode; it is truncated after `WEBSHOP_MAX_STEPS`. As in the original, a search still
-    works afterwards.
-=======
-    over all goals) or {"goal": index in `goals` or a goal}. The first 500 goals are "val", the others "train" (half
-    each if there are fewer than 1,000). The reward is the graded score of a purchase, which ends the episode; it is
-    truncated after `WEBSHOP_MAX_STEPS`. As in the original, a search still works afterwards; a purchase pays nothing.
->>>>>>> part-scale
+    works afterwards; a purchase pays nothing.
 
     State: page ("start", "results", "item", one of `SUB_PAGES`, "done"), results (asins, best first), page_number (from
     1; None before a search), asin (or None), options ({name: value} chosen), clickables (labels), goal, price ({asin:
@@ -1244,31 +1233,5 @@ def parse_action(env_name, text, *, official=False):
     return PARSERS[env_name](text, official=official)
 
 
-<<<<<<< HEAD
-=======
-def main(argv=None):
-    """`python envs.py serve-search`: the bundled passages, or those of a file, behind POST /retrieve."""
-    parser = argparse.ArgumentParser(description="Serves Search-QA's retriever: BM25 over passages, POST /retrieve.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "serve-search", help="serve passages until Ctrl-C", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    command.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any free one")
-    command.add_argument("--corpus", help='JSONL file of {"id", "contents"}; without it the bundled facts')
-    command.add_argument("--topk", type=int, default=3, help="passages for a request that asks for no number")
-    args = parser.parse_args(argv)
-    try:
-        corpus = read_corpus(args.corpus) if args.corpus else bundled_corpus()
-        server = search_server(corpus, args.host, args.port, args.topk)
-    except (OSError, ValueError, OverflowError) as error:
-        sys.exit(f"error: cannot serve on {args.host}:{args.port}: {error}")
-    with server:
-        print(f"Serving at {server.url}, until Ctrl-C.", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print()
-
-
->>>>>>> part-scale
 if __name__ == "__main__":
     server.main()  # python envs.py serve-search

@@ -409,13 +409,14 @@ def make_policy(model, tokenizer, cfg, skills=None):
 
 def check_model(policy, cfg, skills=None):
     """agreement.check_model with this file's sampler and trainer."""
-    def try_sampling(policy, prompts, tokens):
+    def try_sampling(policy, prompts, tokens, temperature):
         noises = [random.Random(number) for number in range(len(prompts))]
-        return sample(policy, prompts, dataclasses.replace(cfg, max_response_tokens=tokens), 1.0, noises)
+        return sample(policy, prompts, dataclasses.replace(cfg, max_response_tokens=tokens), temperature, noises)
 
-    def try_training(policy, prompts, responses):
+    def try_training(policy, prompts, responses, temperature):
         batch = pack(prompts, responses, policy.device)
-        return kernels.fused_logprob(*head_inputs(policy, policy.model, batch), batch.targets)[0]
+        inputs = head_inputs(policy, policy.model, batch)
+        return kernels.fused_logprob(*inputs, batch.targets, temperature=temperature)[0]
 
     bare = Context("", "", (), "", ())
     lengths = [len(policy.chat.prompt(render(cfg, bare, text))) for text in ("", *(skills or {}).values())]

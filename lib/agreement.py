@@ -11,11 +11,12 @@ import re
 
 import torch
 
-from lib.models import compute, describe, text_config
+from lib.models import attention_window, compute, describe, text_config
 from lib.runs import UserError
 
+LIMIT = 1e-3  # of a difference of log-probs in fp32, in nats, where logits have a standard deviation of 1
 RESPONSE = 16  # tokens of a trial response, at most
-BUDGET = {"cpu": 2e9, "cuda": 2e13}  # operations that a trial forward pass may cost: less than a second for all of them
+BUDGET = {"cpu": 3e9, "cuda": 2e13}  # operations that a trial forward pass may cost: less than a second for all of them
 
 
 def check_model(policy, name, longest, sample, score):
@@ -24,32 +25,36 @@ def check_model(policy, name, longest, sample, score):
 
     longest: tokens of the longest prompt, skills included, and its response that the settings allow; trial prompts are
     a short one and one that makes up that length, or as long as BUDGET allows (what is known to depend on the length is
-    refused by check_lengths whatever the trial sees). sample(policy, prompts, tokens) -> responses (ids, logp) at
-    temperature 1; score(policy, prompts, responses) -> the trainer's log-probs [N]. Raises UserError if they disagree.
+    refused by check_lengths whatever the trial sees). sample(policy, prompts, tokens, temperature) -> responses (ids,
+    logp); score(policy, prompts, responses, temperature) -> the trainer's log-probs [N]. The temperature is the
+    standard deviation of the logits, so that neither flat logits, as of a random model, nor large ones, with which all
+    that is sampled has a log-prob near 0, hide a difference. Raises UserError if there is one.
     """
     check_lengths(text_config(policy.model), name, longest)
     prompts = trial_prompts(policy, longest)
     exact = dataclasses.replace(policy, autocast=False, stop_ids=frozenset(range(0, vocabulary(policy), RESPONSE)))
-    responses = attempt(name, "sampling", sample, exact, prompts * 2, RESPONSE)
+    heat = attempt(name, "its own forward pass", spread, exact, prompts[0])
+    responses = attempt(name, "sampling", sample, exact, prompts * 2, RESPONSE, heat)
     groups = [responses[0::2], responses[1::2]]  # siblings leave the batch at different times
-    ids = [[response.ids for response in group] for group in groups]
-    own, spread = attempt(name, "its own forward pass", own_logp, exact, prompts, ids)
-    limit = max(2e-5, 1e-3 * min(1.0, spread))  # flat logits, as of a random model, hide differences
-    sampled = torch.tensor([x for group in groups for response in group for x in response.logp], device=own.device)
-    apart = [[p, [r]] for p, rs in zip(prompts, ids) for r in rs]
-    alone = attempt(name, "training", score, exact, *zip(*apart))
+    ids, last = [[response.ids for response in group] for group in groups], [[group[-1].ids] for group in groups]
+    own = attempt(name, "its own forward pass", own_logp, exact, prompts, last, heat)  # of the last sibling alone
+    sampled = torch.tensor([x for group in groups for x in group[-1].logp], device=own.device)
+    alone = attempt(name, "training", score, exact, prompts, last, heat)
     for doing, logp in (("sampling", sampled), ("training", alone)):
-        difference = (logp - own).abs().max().item()
-        if not difference < limit:
+        if not largest(logp - own) < LIMIT:
             raise UserError(f"{name} is not supported: log-probs in {doing} differ from the model's own by "
-                            f"{difference:.2g} (limit {limit:.2g}), {SUSPECTS[doing]}.")
-    packed = packed_logp(exact, score, prompts, ids)
-    packs = packed is not None and (packed - own).abs().max().item() < limit
+                            f"{largest(logp - own):.2g} (limit {LIMIT:g}), {SUSPECTS[doing]}.")
+    packed = packed_logp(exact, score, prompts, ids, longest, heat)
+    packs = packed is not None and largest(packed - own) < LIMIT
+    logp = packed if packs else alone
     if policy.autocast:
-        logp = check_rounding(policy, name, score, (prompts, ids), (prompts, ids) if packs else tuple(zip(*apart)), own)
-    else:
-        logp = packed if packs else alone
-    return (logp - own).abs().max().item(), packs
+        logp = attempt(name, "training in bf16", score, policy, prompts, last, heat)
+        check_rounding(name, logp - own, attempt(name, "bf16", own_logp, policy, prompts, last, heat) - own)
+    return largest(logp - own), packs
+
+
+def largest(differences):
+    return differences.abs().max().item()
 
 
 SUSPECTS = {"sampling": "so it does not take padding on the left, or its cache is not what it computes without one",
@@ -90,20 +95,29 @@ def trial_prompts(policy, longest):
     return [chat.prompt("Find a red lamp."), tuple(words[i] for i in drawn.tolist())]
 
 
-def own_logp(policy, prompts, responses):
-    """prompts and responses as for sdar.pack -> (log-probs [N] by the model's own logits, a sequence at a time, and the
-    standard deviation of the logits)."""
+def own_logits(policy, ids, n):
+    """The model's own logits [n, V] after each of the last n of ids, in fp32, by a plain forward pass."""
     kept = "logits_to_keep" in inspect.signature(policy.model.forward).parameters
-    found, spreads = [], []
+    with compute(policy):
+        out = policy.model(input_ids=torch.tensor([ids], device=policy.device), use_cache=False,
+                           **({"logits_to_keep": n} if kept else {}))
+    return out.logits[0, -n:].float()
+
+
+def spread(policy, prompt):
+    """The standard deviation of the logits after each token of a prompt; above 0."""
+    return max(own_logits(policy, prompt, len(prompt)).std(-1).mean().item(), 1e-6)
+
+
+def own_logp(policy, prompts, responses, temperature):
+    """Prompts and responses as for sdar.pack -> log-probs [N] by the model's own logits, a sequence at a time."""
+    found = []
     for prompt, group in zip(prompts, responses):
         for response in group:
-            ids, n = torch.tensor([prompt + response], device=policy.device), len(response)
-            with compute(policy):
-                out = policy.model(input_ids=ids, use_cache=False, **({"logits_to_keep": n + 1} if kept else {}))
-            logits = out.logits[0, -n - 1:-1].float()  # [T, V]
-            found.append(logits.log_softmax(-1).gather(1, ids[0, -n:, None])[:, 0])
-            spreads.append(logits.std(-1).mean().item())
-    return torch.cat(found), sum(spreads) / len(spreads)
+            logits = own_logits(policy, prompt + response, len(response) + 1)[:-1] / temperature
+            targets = torch.tensor(response, device=policy.device)
+            found.append(logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
+    return torch.cat(found)
 
 
 LOCAL = re.compile("window|chunk|sparse|index_topk")
@@ -111,34 +125,36 @@ KNOWN = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_w
          "_sliding_window_pattern", "chunk_size_feed_forward")
 
 
-def packed_logp(policy, score, prompts, responses):
-    """The trainer's log-probs [N] with siblings packed, or None where that is not to be tried.
-
-    A packing mask replaces the model's own, so attention that looks neither everywhere nor into a sliding window
-    (chunks, blocks, an index) would be lost at lengths that a trial may not reach.
-    """
-    config = text_config(policy.model)
+def familiar(config, tried):
+    """Whether siblings that packed right with `tried` tokens do so with more: attention looks everywhere, or into
+    windows that the trial went beyond. Chunks, blocks or an index may begin later."""
     kinds = set(getattr(config, "layer_types", None) or ())
     others = [key for key, value in config.to_dict().items() if value and key not in KNOWN and LOCAL.search(key)]
-    if others or not kinds <= {"full_attention", "sliding_attention"}:
+    return (attention_window(config) or 0) < tried and not others and kinds <= {"full_attention", "sliding_attention"}
+
+
+def packed_logp(policy, score, prompts, siblings, longest, temperature):
+    """The trainer's log-probs [N] of the last sibling of each prompt when all are packed, or None where that fails, or
+    says nothing about longer rows."""
+    tried = max(map(len, prompts)) + RESPONSE
+    if tried < longest and not familiar(text_config(policy.model), tried):
         return None
     try:
         with torch.no_grad():
-            return score(policy, prompts, responses)
+            logp = score(policy, prompts, siblings, temperature)
     except Exception:  # whatever the model's code makes of a mask that it does not expect: it is trained without one
         return None
+    last = [k == len(group) - 1 for group in siblings for k, ids in enumerate(group) for _ in ids]
+    return logp[torch.tensor(last, device=logp.device)]
 
 
-def check_rounding(policy, name, score, trial, trained, own):
-    """The trainer's log-probs [N] in bf16. Raises UserError if they are much farther from the fp32 ones, `own`, than
-    the model's own bf16 logits are: how far that is depends on their size."""
-    logp = attempt(name, "training in bf16", score, policy, *trained)
-    plain, _ = attempt(name, "its own forward pass in bf16", own_logp, policy, *trial)
-    found, rounding = ((one - own).abs().mean().item() for one in (logp, plain))
-    if not found < 3 * rounding + 1e-3:
+def check_rounding(name, trained, own):
+    """Raises UserError if the trainer's bf16 log-probs are much farther from the fp32 ones than the model's own bf16
+    logits are: how far that is depends on the model. Both arguments: differences from fp32, [N]."""
+    found, rounding = trained.abs().mean().item(), own.abs().mean().item()
+    if not found < 3 * rounding + LIMIT:
         raise UserError(f"{name} is not supported in bf16: log-probs in training are {found:.2g} from those in fp32, "
                         f"the model's own {rounding:.2g}. Use --dtype float32.")
-    return logp
 
 
 def check_lengths(config, name, longest):

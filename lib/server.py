@@ -23,7 +23,7 @@ def main(argv=None):
     except (OSError, ValueError, OverflowError) as error:
         sys.exit(f"error: cannot serve on {args.host}:{args.port}: {error}")
     with server:
-        print(f"Serving at http://{args.host}:{server.server_port}/retrieve, until Ctrl-C.", flush=True)
+        print(f"Serving at {server.url}, until Ctrl-C.", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:

@@ -58,7 +58,7 @@ SIZES = {  # of whatever field has such a name in a config class
     "first_k_dense_replace": 1, "topk_group": 1, "use_sliding_window": True, "max_window_layers": 2,
     "router_jitter_noise": 0.1, "is_decoder": True, "bos_token_id": 1, "pad_token_id": 0,
     "decoder_start_token_id": 1, "vocab_size_per_layer_input": 2048}
-MOST = 1e7  # parameters of a model that counts as small
+MOST = 1.5e7  # parameters of a model that counts as small
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 OVERRIDES = {  # what a class asks for beside the sizes above; a name in brackets is a variant
@@ -79,7 +79,16 @@ OVERRIDES = {  # what a class asks for beside the sizes above; a name in bracket
     "bamba": {"attn_layer_indices": [1, 3]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
-    "kimi_linear": {"num_experts_per_token": 2}}
+    "kimi_linear": {"num_experts_per_token": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "dots1": {"n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "mamba2": {"num_heads": 8},
+    "zaya": {"num_experts_per_tok": 1},
+    "xmod": {"default_language": "en_XX"},
+    "dots3_note": {"adapter_in_dim": SIZES["hidden_size"]}}
 
 
 class Verdict(NamedTuple):
