@@ -15,7 +15,7 @@ import torch
 
 import eval as evaluation
 import sdar
-from conftest import assert_same_run, config, flags, lines_of, refused, same, weights_of
+from conftest import assert_same_run, config, flags, lines_of, refused
 from lib import checkpoints, health, program, runs, settings
 from tools import faults
 
@@ -112,6 +112,28 @@ def test_weights_that_are_not_finite_are_never_saved_and_the_last_good_checkpoin
     monkeypatch.undo()
     assert resume(run) == 0
     assert_same_run(run, straight)
+
+
+@pytest.mark.parametrize("kind, shards", [("qwen2_moe", None), ("mixtral", None), ("qwen2", "100KB")])
+def test_checkpoints_of_any_layout_are_resumed(kind, shards, model_folder, tmp_path, monkeypatch):
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+    small = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 32, "num_experts": 4,
+             "num_local_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 32}
+    torch.manual_seed(0)
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small, tie_word_embeddings=True)).save_pretrained(base)
+    save = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained",
+                        lambda *args: save(*args, **{"max_shard_size": shards} if shards else {}))
+    for name, steps in (("straight", 2), ("parts", 1)):
+        assert sdar.main(flags(base, tmp_path / name, steps=steps, eval_every=0, eval_tasks=None, kl_coef=0.1)) == 0
+    shutil.rmtree(base)
+    assert resume(tmp_path / "parts", "--steps", "2") == 0
+    assert lines_of(tmp_path / "parts") == lines_of(tmp_path / "straight")
+    ends = [sorted((tmp_path / name / "checkpoint-2").glob("*.safetensors")) for name in ("straight", "parts")]
+    assert [path.read_bytes() for path in ends[0]] == [path.read_bytes() for path in ends[1]]
+    assert (len(ends[0]) > 1) == bool(shards)
 
 
 # ------------------------------------------------------------------------------------------------------ disk and memory
