@@ -122,7 +122,8 @@ def test_checkpoints_of_any_layout_are_resumed(kind, shards, model_folder, tmp_p
              "num_local_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 32}
     torch.manual_seed(0)
     base = shutil.copytree(model_folder, tmp_path / "base")
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small, tie_word_embeddings=True)).save_pretrained(base)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small, tie_word_embeddings=True))
+    made.save_pretrained(base)
     save = PreTrainedModel.save_pretrained
     monkeypatch.setattr(PreTrainedModel, "save_pretrained",
                         lambda *args: save(*args, **{"max_shard_size": shards} if shards else {}))

@@ -212,6 +212,19 @@ def stopped(*signals, after="step   1/4", seed=0, patch=""):
     return act
 
 
+def early(seconds):
+    """A case's act: Ctrl-C some seconds after the start, most of which pass while torch is loaded."""
+    def act(folder):
+        process = subprocess.Popen([sys.executable, str(ROOT / "sdar.py"), *flags()], cwd=folder, text=True,
+                                   env=os.environ | QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=LIMIT)
+        return Done(process.returncode, out, err)
+    return act
+
+
 def piped(read, *args, program="sdar"):
     """A case's act: a command whose reader goes away after `read` lines."""
     def act(folder):
@@ -449,6 +462,7 @@ CASES = [
       for seed in range(seeds)),
     Case("signal SIGINT pressed five times", stopped(*[signal.SIGINT] * 5), (0, 130), "go on: ", goes_on),
     Case("signal SIGTERM then SIGINT", stopped(signal.SIGTERM, signal.SIGINT, seed=5), (0, 130), "", goes_on),
+    *(Case(f"signal SIGINT after {seconds} s", early(seconds), (0, 130, -2)) for seconds in (0.5, 1.0, 2.0, 3.0)),
     Case("signal SIGHUP under nohup", stopped(signal.SIGHUP, patch="signal.signal(signal.SIGHUP, signal.SIG_IGN)"),
          (0,), "", whole),
     # damaged checkpoints
