@@ -6,6 +6,20 @@ before. OMP_WAIT_POLICY=PASSIVE would cost a tenth alone. What the user has set 
 """
 
 import os
+import sys
+from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+show = sys.excepthook
+
+
+def show_defect(kind, error, trace):
+    """Ctrl-C in the seconds that torch takes to load is not a defect, and has no traceback."""
+    if not issubclass(kind, KeyboardInterrupt):
+        show(kind, error, trace)
+
+
+if Path(__file__).parent.parent in Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parents:
+    sys.excepthook = show_defect  # in the programs here alone, not in those that import them

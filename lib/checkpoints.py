@@ -116,7 +116,7 @@ def save_checkpoint(run, model, tokenizer, optimizer, step, *, keep=2, settings=
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
         shutil.rmtree(hidden, ignore_errors=True)
         why = getattr(error, "strerror", None) or first_sentence(error).rstrip(".")
-        raise NotSaved(f"{final} cannot be written ({why}).") from error
+        raise NotSaved(f"{final} cannot be written ({why}): make room there, or give it the rights.") from error
     for old in checkpoints(run)[:-keep]:
         if step_of(old) > 0:
             drop(old)

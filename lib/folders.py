@@ -79,11 +79,15 @@ def create_run(cfg, version, stem="run", name="config.json"):
 
 def make_folder(run, exist_ok=True):
     try:
+        str(run).encode()
         run.mkdir(parents=True, exist_ok=exist_ok)
     except OSError as error:
         if isinstance(error, FileExistsError) and not exist_ok:
             raise
         raise unwritable(run, error) from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"The name of the run folder {run} is not text in this locale: set LC_ALL=C.UTF-8, or choose "
+                        "another with --out.") from error
 
 
 def claim_folder(stem):
@@ -153,6 +157,9 @@ def read_settings(run, kind, name="config.json"):
                                 f"{shlex.quote(str(run))}.")
     if not path.is_file():
         raise UserError(f"{run} is not a run folder (no {name}): give the folder that --out named.")
+    if not is_run(run, name):
+        raise UserError(f"{run} is not a run folder ({path} is not a run's, or is damaged): give the folder that --out "
+                        "named.")
     return settings_in(path, kind)
 
 
@@ -191,7 +198,7 @@ def settings_of(model, kind):
             except (ValueError, TypeError, AttributeError, KeyError) as error:
                 raise UserError(f"{folder / 'run.json'} was not written by this version of the program "
                                 f"({error}).") from error
-    return read_settings(folder.parent, kind) if is_run(folder.parent) else None
+    return read_settings(folder.parent, kind) if is_checkpoint(folder) and is_run(folder.parent) else None
 
 
 def is_run(folder, name="config.json"):

@@ -19,18 +19,19 @@ def forecast(cfg, folder, policy):
         return ""
     always, sampling, update = memory_parts(cfg, policy)
     total = sum(always.values()) + max(sum(sampling.values()), sum(update.values()))
-    words = lambda parts: ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
     size, (disk, files) = sum(p.numel() for p in policy.model.parameters()), disk_parts(cfg, policy.model)
-    lines = [f"\n{size / 1e6:,.1f} million parameters; memory at most about {gigabytes(total)}: {words(always)}; "
-             f"sampling {words(sampling)}; update {words(update)}",
-             f"disk {gigabytes(disk)} per checkpoint, {gigabytes(files)} in all with --keep {cfg.keep}"]
     there, free = memory_there(policy.device), free_disk(folder)
+    lines = [f"\n{size / 1e6:,.1f} million parameters; memory at most about {gigabytes(total)}:"]
+    for title, parts in (("always", always), ("sampling", sampling), ("update", update)):
+        lines.append(f"  {title:9}" + ", ".join(f"{name} {gigabytes(part)}" for name, part in parts.items()))
+    lines.append(f"disk {gigabytes(disk)} per checkpoint, {gigabytes(files)} in all with --keep {cfg.keep}, of "
+                 f"{gigabytes(free)} free")
     if total > there:
         lines.append(f"warning: that may be more memory than the {gigabytes(there)} there are: lower --rollout_batch, "
                      "--micro_tokens or --max_prompt_tokens, or set --recompute.")
     if files > free:
-        lines.append(f"warning: only {gigabytes(free)} are free on the disk of {folder}: lower --keep, or choose "
-                     "another disk with --out.")
+        lines.append(f"warning: the disk of {folder} has too little room for that: lower --keep, or choose another "
+                     "with --out.")
     return "\n".join(lines)
 
 

@@ -81,17 +81,17 @@ class Output(io.TextIOBase):
 
     def write(self, text):
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        self._try(self.stream.write, printable(text).encode(encoding, "backslashreplace").decode(encoding))
+        self._try("write", printable(text).encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self):
-        self._try(self.stream.flush)
+        self._try("flush")
 
-    def _try(self, call, *args):
-        if self.failed:
+    def _try(self, method, *args):
+        if self.failed or self.stream is None:  # closed from the start
             return
         try:
-            call(*args)
+            getattr(self.stream, method)(*args)
         except OSError as error:
             self.failed = error
             with contextlib.suppress(OSError, ValueError):  # or the interpreter tries to write the rest once more

@@ -85,7 +85,7 @@ class Run:
 
     def __init__(self, folder, model, tokenizer, optimizer, cfg, step, command):
         """cfg: settings of the run (steps, save_every, keep, ...); step: those done; command: what --resume follows."""
-        self.folder, self.step, self.cfg = folder, step, cfg
+        self.folder, self.step, self.cfg = folder.absolute(), step, cfg  # an environment may change directories
         self.resume = f"{command} --resume {shlex.quote(str(folder))}"
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.saved = step if (folder / f"checkpoint-{step}").is_dir() else None  # what a resumed run comes from

@@ -94,9 +94,9 @@ class Parser(argparse.ArgumentParser):
         flag, known = word.split("=")[0], [name for name in self._option_string_actions if name.startswith("--")]
         if not flag.startswith("-"):
             return f"{shorten(word)!r} is not expected here: values follow a flag, as in --steps 10."
-        close = difflib.get_close_matches(flag.lower().replace("-", "_").replace("__", "--", 1), known, n=3, cutoff=0.6)
-        return f"{shorten(flag)} is not a flag" + (f"; did you mean {' or '.join(close)}?" if close else
-                                                   ": --help lists them.")
+        close = difflib.get_close_matches(flag.lower().replace("-", "_").replace("__", "--", 1), known, n=3, cutoff=0.7)
+        return f"{shorten(flag)} is not a flag: " + (f"the closest is {' or '.join(close)}." if close else
+                                                     "--help lists them.")
 
     def error(self, message):
         raise UserError(message.removeprefix("argument ")[:300].rstrip(".") + ".")

@@ -1,0 +1,376 @@
+"""Tests that nothing is lost: damaged checkpoints, full disks, short memory, settings, output. See tools/faults.py."""
+
+import errno
+import fcntl
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+
+import eval as evaluation
+import sdar
+from conftest import assert_same_run, config, flags, lines_of, refused
+from lib import checkpoints, health, program, runs, settings
+from tools import faults
+
+
+@pytest.fixture(scope="module")
+def straight(model_folder, tmp_path_factory):
+    """A run of four short steps that has kept every checkpoint."""
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    assert sdar.main(flags(model_folder, run, eval_every=0, eval_tasks=None, keep=9)) == 0
+    return run
+
+
+@pytest.fixture
+def run(straight, tmp_path):
+    return shutil.copytree(straight, tmp_path / "a run")
+
+
+def resume(folder, *more):
+    return sdar.main(["--resume", str(folder), *more])
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+@pytest.mark.parametrize("how, name", [
+    (faults.flip, "model.safetensors"), (faults.cut, "model.safetensors"), (faults.remove, "tokenizer.json"),
+    (faults.replace, "state.pt"), (faults.empty, "state.pt"), (faults.flip, "config.json"), (faults.cut, "run.json")])
+def test_a_damaged_file_is_named_and_the_run_goes_on_from_the_checkpoint_before(how, name, run, straight):
+    how(run / "checkpoint-4" / name)
+    with pytest.warns(RuntimeWarning, match=f"checkpoint-4/{name} .*going on from .*checkpoint-3"):
+        assert resume(run) == 0
+    assert_same_run(run, straight)
+    assert (run / "set-aside-1" / "checkpoint-4").is_dir()  # nothing is thrown away
+
+
+def test_without_an_intact_checkpoint_or_the_needed_reference_a_resume_is_refused(run, capsys):
+    named = run / "checkpoint-2"
+    faults.flip(named / "state.pt")
+    refused(sdar.main, ["--resume", str(named)], f"checkpoint-2/state.pt is damaged (its checksum differs): "
+            f"--resume '{run}' takes", capsys)
+    faults.setting(kl_coef=0.1)(run)
+    (run / "checkpoint-4").rename(run / "elsewhere")
+    for damage in (faults.flip, faults.remove):
+        damage(run / "checkpoint-0" / "model.safetensors")
+        refused(sdar.main, ["--resume", str(run)], "checkpoint-0/model.safetensors is", capsys)
+    for step in (1, 3):
+        faults.empty(run / f"checkpoint-{step}" / "state.pt")
+    refused(sdar.main, ["--resume", str(run)], "checkpoint-3/state.pt has 0 bytes instead", capsys)
+
+
+def test_a_run_goes_on_from_an_older_checkpoint_and_what_came_later_is_kept(run, straight, capsys):
+    faults.setting(model="nowhere/base")(run)  # the model that it began with is not needed
+    assert resume(run / "checkpoint-2", "--out", f"{run}/.") == 0
+    aside, said = run / "set-aside-1", capsys.readouterr().out
+    assert {path.name for path in aside.iterdir()} == {"checkpoint-3", "checkpoint-4", "metrics.jsonl", "episodes"}
+    assert str(aside) in said and len(lines_of(aside)) == 4
+    assert_same_run(run, straight)
+    assert resume(run) == 0 and "is finished (4 steps)" in capsys.readouterr().out
+    assert resume(run, "--steps", "5", "--keep", "1", "--max_response_tokens", "7", "--micro_tokens", "900") == 0
+    stored = json.loads((run / "config.json").read_text())
+    assert (stored["steps"], stored["max_response_tokens"], stored["micro_tokens"]) == (5, 7, 900)
+    assert [path.name for path in runs.checkpoints(run)] == ["checkpoint-0", "checkpoint-5"]
+
+
+def test_only_what_a_run_wrote_is_rotated_and_a_replaced_checkpoint_comes_back(run, straight, policy):
+    others = ("checkpoint-best-1", "checkpoint-3-good", "checkpoint-007", "checkpoint-٣")
+    for name in others:
+        (run / name).mkdir()
+        (run / name / "state.pt").write_text("mine")
+    (run / "checkpoint-1" / "eval.json").write_text("mine")
+    (run / "checkpoint-4").rename(run / ".checkpoint-4.old")  # killed between two renames
+    assert resume(run, "--steps", "4") == 0
+    assert_same_run(run, straight)
+    optimizer = sdar.make_optimizer(policy.model, config())
+    (run / "checkpoint-4" / "notes.txt").write_text("mine")
+    checkpoints.save_checkpoint(run, policy.model, policy.chat.tokenizer, optimizer, 4, keep=1)
+    assert all((run / name / "state.pt").read_text() == "mine" for name in others)
+    assert os.listdir(run / "checkpoint-1") == ["eval.json"] and not (run / "checkpoint-2").exists()
+    assert (run / "checkpoint-4" / "notes.txt").exists() and checkpoints.fault(run / "checkpoint-4") is None
+
+
+def test_weights_that_are_not_finite_are_never_saved_and_the_last_good_checkpoint_stays(
+        model_folder, tmp_path, straight, monkeypatch, capsys):
+    train_step, run = sdar.train_step, tmp_path / "run"
+
+    def spoiled(policy, *args):
+        result = train_step(policy, *args)
+        if len(lines_of(run)) == 2:
+            next(policy.model.parameters()).data[0] = math.nan
+        return result
+
+    monkeypatch.setattr(sdar, "train_step", spoiled)
+    refused(sdar.main, flags(model_folder, run, eval_every=0, eval_tasks=None, keep=9),
+            f"The last checkpoint is {run}/checkpoint-2", capsys)
+    monkeypatch.undo()
+    assert resume(run) == 0
+    assert_same_run(run, straight)
+
+
+@pytest.mark.parametrize("kind, shards", [("qwen2_moe", None), ("mixtral", None), ("qwen2", "100KB")])
+def test_checkpoints_of_any_layout_are_resumed(kind, shards, model_folder, tmp_path, monkeypatch):
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+    small = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 32, "num_experts": 4,
+             "num_local_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 32}
+    torch.manual_seed(0)
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small, tie_word_embeddings=True))
+    made.save_pretrained(base)
+    save = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained",
+                        lambda *args: save(*args, **{"max_shard_size": shards} if shards else {}))
+    for name, steps in (("straight", 2), ("parts", 1)):
+        assert sdar.main(flags(base, tmp_path / name, steps=steps, eval_every=0, eval_tasks=None, kl_coef=0.1)) == 0
+    shutil.rmtree(base)
+    assert resume(tmp_path / "parts", "--steps", "2") == 0
+    assert lines_of(tmp_path / "parts") == lines_of(tmp_path / "straight")
+    ends = [sorted((tmp_path / name / "checkpoint-2").glob("*.safetensors")) for name in ("straight", "parts")]
+    assert [path.read_bytes() for path in ends[0]] == [path.read_bytes() for path in ends[1]]
+    assert (len(ends[0]) > 1) == bool(shards)
+
+
+# ------------------------------------------------------------------------------------------------------ disk and memory
+
+@pytest.mark.parametrize("where, name, call, error, culprit", [
+    (torch, "save", 3, OSError(errno.ENOSPC, "No space left on device"), "checkpoint-2 cannot be written (No space"),
+    (torch, "save", 3, RuntimeError("PytorchStreamWriter failed writing file"), "PytorchStreamWriter failed"),
+    (runs, "dump_episodes", 1, OSError(errno.EROFS, "Read-only file system"), "cannot be written (Read-only"),
+    (sdar, "sample_batch", 4, RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--rollout_batch (now 128"),
+    (sdar, "token_scores", 3, torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), "--micro_tokens (now 4096"),
+    (torch.optim.AdamW, "step", 2, MemoryError(), "The last checkpoint is")])
+def test_a_full_disk_or_memory_is_a_sentence_and_loses_no_whole_step(
+        where, name, call, error, culprit, model_folder, tmp_path, straight, monkeypatch, capsys):
+    function, calls, run = getattr(where, name), [], tmp_path / "run"
+
+    def failing(*args, **kwargs):
+        calls.append(name)
+        if len(calls) >= call:
+            raise error
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(where, name, failing)
+    refused(sdar.main, flags(model_folder, run, eval_every=0, eval_tasks=None, keep=9), culprit, capsys)
+    monkeypatch.undo()
+    assert resume(run) == 0
+    assert_same_run(run, straight)
+
+
+def test_a_defect_of_the_program_shows_its_traceback_after_the_whole_steps_are_saved(
+        model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sdar, "make_rows", lambda *_: {}["nothing"])
+    with pytest.raises(KeyError):
+        sdar.main(flags(model_folder, tmp_path / "run", eval_every=0, eval_tasks=None))
+    assert f"All whole steps are saved in {tmp_path}/run/checkpoint-0" in capsys.readouterr().out
+
+
+def test_a_folder_that_another_program_writes_to_is_left_alone(run, model_folder, capsys):
+    other = os.open(run, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    for arguments in (["--resume", str(run)], flags(model_folder, run)):
+        refused(sdar.main, arguments, "Another program is writing to", capsys)
+    os.close(other)  # as when that program is killed
+    assert resume(run, "--steps", "4") == 0
+
+
+def test_what_decorates_a_run_never_ends_it(model_folder, tmp_path, monkeypatch):
+    def init(**_):
+        raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    with pytest.warns(RuntimeWarning) as caught:
+        assert sdar.main(flags(model_folder, tmp_path / "run", steps=1, report_to="wandb")) == 0
+    assert {str(one.message).split(":")[0] for one in caught} == {
+        "nothing more is sent to the tracker", f"{tmp_path}/run/curve.png is not drawn"}
+    assert lines_of(tmp_path / "run")[-1]["step"] == 1 and runs.peak_memory_gb(torch.device("cpu")) is None
+
+
+# ------------------------------------------------------------------------------------------------ numbers and sentences
+
+def test_what_json_does_not_have_is_null():
+    value = {"a": [math.nan, 1.5], "b": {"c": -math.inf}, "d": (math.inf, "inf", True)}
+    assert json.loads(program.to_json(value)) == {"a": [None, 1.5], "b": {"c": None}, "d": [None, "inf", True]}
+
+
+@pytest.mark.parametrize("metrics, cause", [
+    ({"grpo/entropy": math.nan, "sdar/gap": math.nan}, "--dtype float32"), ({"sdar/gap": math.inf}, "teacher's"),
+    ({"kl/loss": math.nan}, "reference"), ({"grpo/loss": math.nan}, "advantage"), ({}, "lower --lr")])
+def test_a_gradient_that_is_not_finite_names_its_cause(metrics, cause, policy):
+    with pytest.raises(runs.UserError, match=cause):
+        health.check_finite(math.nan, policy.model, {"grpo/entropy": 1.0, "sdar/gap": 0.1, "grpo/loss": 0.0} | metrics)
+    health.check_finite(1.0, policy.model, metrics)
+
+
+def test_weights_and_scores_that_are_not_finite_are_named(played):
+    model = torch.nn.Linear(2, 2)
+    model.weight.data[0, 0] = math.nan
+    with pytest.raises(runs.UserError, match="weight"):
+        health.check_finite(math.inf, model, {})
+    for score in (math.nan, math.inf, None, "1"):
+        played[0].score, kept = score, played[0].score
+        with pytest.raises(runs.UserError, match=f"task {played[0].task.task_id} .* is {score!r}"):
+            sdar.episode_return(config(reward="score"), played[0])
+        played[0].score = kept
+
+
+def test_step_lines_fit_100_columns_with_everything_in_them():
+    for steps, seconds, errors, gap, teacher in (
+            (150, 66.2, 0, -0.123, "live"), (10_000, 12_345.6, 99_999, -10.123, "live"), (9, 99, 0, 0.0, "none")):
+        metrics = {"reward/success": 0.5, "rollout/turns": 49.9, "rollout/invalid": 0.123, "rollout/errors": errors,
+                   "grpo/entropy": 1.9, "grpo/zero_variance_groups": 1.0, "sdar/gap": gap, "time/step": seconds}
+        line = runs.step_line(config(steps=steps, teacher=teacher), steps, metrics)
+        assert len(line) <= 100 and "success 0.50" in line and "invalid 0.12" in line and line.endswith(" s")
+        assert (f"errors {errors}" in line) == (errors > 0) and ("turns" in line) == (steps < 10_000)
+
+
+def test_a_real_models_memory_and_disk_are_told_before_it_starts(policy, model_folder, tmp_path, monkeypatch):
+    cfg = config(model=str(model_folder), kl_coef=0.01, keep=3)
+    size = sum(p.numel() for p in policy.model.parameters())
+    assert health.disk_parts(cfg, policy.model) == (12 * size, 4 * 12 * size + 4 * size)
+    always, _, update = health.memory_parts(cfg, policy)
+    assert always == {"weights": 4 * size, "AdamW": 8 * size, "reference": 4 * size} and update["gradients"] == 4 * size
+    monkeypatch.setattr(health, "free_disk", lambda _: 1e6)
+    monkeypatch.setattr(health, "memory_there", lambda _: 1e6)
+    text = health.forecast(cfg, tmp_path / "not yet", policy)
+    assert "0.1 million parameters" in text and "lower --keep" in text and "lower --rollout_batch" in text
+    assert health.forecast(config(model="tiny"), tmp_path, policy) == ""
+
+
+def test_the_forecast_of_activations_holds_what_autograd_keeps(policy):
+    cfg, kept = config(micro_tokens=600, max_prompt_tokens=500, max_response_tokens=100), {}
+    prompt, response = tuple(range(100, 600)), tuple(range(100, 200))
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes() if storage.data_ptr() not in weights else 0
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden, _ = sdar.head_inputs(policy, policy.model, sdar.pack([prompt], [[response]], policy.device))
+    assert hidden.requires_grad
+    assert 0.6 < health.memory_parts(cfg, policy)[2]["activations"] / sum(kept.values()) < 1.7
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--stepz", "3"], "--stepz is not a flag: the closest is --steps"), (["--group-size", "2"], "is --group_size."),
+    (["--xyzzy"], "--help lists them."), (["webshop"], "'webshop' is not expected"), (["--steps"], "--steps: expected"),
+    (["--steps", "many"], "--steps: 'many' is not a whole number."), (["--lr", "0,1"], "--lr: '0,1' is not a number."),
+    (["--seed", "9" * 5000], "is not a whole number."), (["--seed", "9" * 30], "--seed"), (["--lr", "nan"], "--lr"),
+    (["--resume", "a", "--config", "b"], "--config"), (["--config", "nowhere.json"], "nowhere.json"),
+    (["--retriever", "http://u:p@h", "--env", "webshop"], "--retriever would do nothing"), (["--keep", "0"], "--keep"),
+    (["--model", "./\x1b[31mred\u202e"], "\\x1b[31mred\\u202e")])
+def test_a_wrong_command_is_one_line_that_names_the_flag(arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(sdar.main, arguments, says, capsys)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("main", [sdar.main, evaluation.main])
+def test_help_has_titled_groups_commands_first_and_the_description_last(main, capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.index("commands:") < text.index("--help") < text.index("model:") < text.index("    python ")
+    assert "None)" not in text and "METHODS" not in text and "default None" not in text
+    if main is sdar.main:
+        order = [text.index(word) for word in ("--resume", "--config", "--out", "task:", "--lr ", "A_i =")]
+        assert order == sorted(order)
+
+
+def test_a_new_run_has_the_settings_of_another_and_flags_on_top(run, straight, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sdar.main(["--config", str(run / "config.json"), "--steps", "1"]) == 0  # not in that run's folder
+    new = json.loads((tmp_path / "runs" / "webshop-sdar-0" / "config.json").read_text())
+    old = json.loads((run / "config.json").read_text())
+    assert {name for name in old if old[name] != new[name]} == {"out", "steps"}
+    stored = runs.settings_in(run / "config.json", sdar.Config)
+    base = settings.changes(stored, sdar.make_config, sdar.RECIPE)
+    assert sdar.make_config({}, base | {"out": stored.out}) == stored
+    grpo = sdar.make_config({"method": "grpo"}, base)  # what a method implies comes with it
+    assert (grpo.teacher, grpo.sdar_coef, grpo.lr) == ("none", 0.0, stored.lr)
+
+
+def test_a_password_is_stored_nowhere_and_asked_for_again(model_folder, tmp_path, capsys, monkeypatch):
+    run, secret = tmp_path / "run", "http://me:se@cret@127.0.0.1:9"
+    arguments = flags(model_folder, run, env="search", steps=1, eval_every=0, eval_tasks=None, retriever=secret)
+    assert sdar.main(arguments) == 0
+    said = capsys.readouterr()
+    for text in (said.out, said.err, *(path.read_text() for path in run.rglob("*.json*"))):
+        assert "cret" not in text
+    refused(sdar.main, ["--resume", str(run), "--steps", "2"], "--retriever http://***@127.0.0.1:9 lacks its", capsys)
+    assert resume(run, "--steps", "2", "--retriever", secret) == 0 and "cret" not in (run / "config.json").read_text()
+
+
+def test_output_that_cannot_be_written_loses_nothing_and_is_told(capsys, monkeypatch):
+    class Full(io.StringIO):
+        encoding, error = "ascii", OSError(errno.ENOSPC, "No space left on device")
+
+        def flush(self):
+            raise self.error
+
+    done = []
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert program.exit_status(lambda _: (print("é\x1b[0m", flush=True), done.append(1)), []) == 2
+    assert done and "could not be written (No space left" in capsys.readouterr().err
+    monkeypatch.setattr(Full, "error", BrokenPipeError())
+    assert program.exit_status(lambda _: (print("a", flush=True), done.append(2)), []) == 141 and done == [1]
+    monkeypatch.setattr(sys, "stdout", None)  # closed
+    assert program.exit_status(lambda _: print("a"), []) == 0
+    plain = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", plain)
+    assert program.exit_status(lambda _: print("a\tb\x1b[2J\x07\u202e \ud800 http://me:pw@host/x"), []) == 0
+    assert plain.getvalue() == "a\tb\\x1b[2J\\x07\\u202e \\ud800 http://***@host/x\n"
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+def test_a_checkpoint_copied_elsewhere_is_evaluated_under_its_settings_and_damage_is_found(run, tmp_path, capsys):
+    best = shutil.copytree(run / "checkpoint-4", tmp_path / "best")
+    cfg = evaluation.evaluation_config(str(best), {})
+    assert (cfg.max_turns, cfg.max_response_tokens, cfg.max_prompt_tokens) == (3, 6, 600)
+    assert evaluation.main([str(best), "--tasks", "2", "--out", str(tmp_path / "e.json")]) == 0
+    faults.flip(best / "model.safetensors")
+    refused(evaluation.main, [str(best), "--tasks", "2", "--out", str(tmp_path / "f.json")], "is damaged", capsys)
+
+
+EPISODE = {"task_id": 0, "task_type": "a", "won": True, "score": 1.0, "turns": 1, "invalid": 0, "done": True}
+RESULT = {"format": "sdar eval 2", "model": "m", "evaluation_set": "a" * 64, "conditions": ["with"], "summary": {},
+          "config": {"env": "webshop"}, "outcomes": {"with": [EPISODE]},
+          "sampling": {"split": "val", "tasks": 1, "repeats": 1, "seed": 0, "temperature": 0.4}}
+
+
+@pytest.mark.parametrize("changes, why", [
+    ({"outcomes": {}}, "no outcomes of condition 'with'"), ({"outcomes": {"with": []}}, "no outcomes"),
+    ({"outcomes": {"with": [EPISODE | {"won": "yes"}]}}, "won of outcome 0 of 'with' is 'yes'"),
+    ({"outcomes": {"with": [EPISODE, 3]}}, "outcome 1 of 'with' is 3"), ({"conditions": [["with"]]}, "no outcomes"),
+    ({"outcomes": {"with": [EPISODE | {"score": math.nan}]}}, "score of outcome 0 of 'with' is nan"),
+    ({"outcomes": {"with": [EPISODE | {"task_id": 1}]}}, "of different tasks"), ({"config": []}, "config of it"),
+    ({"sampling": {"split": "val"}}, "sampling has no tasks"), ({"evaluation_set": 7}, "evaluation_set of it is 7")])
+def test_a_result_with_missing_keys_or_wrong_kinds_is_refused_by_name(changes, why, tmp_path, capsys):
+    for name, result in (("good.json", RESULT), ("bad.json", RESULT | changes)):
+        (tmp_path / name).write_text(json.dumps(result))
+    good, bad = str(tmp_path / "good.json"), str(tmp_path / "bad.json")
+    assert evaluation.main(["--compare", good, good]) == 0
+    refused(evaluation.main, ["--compare", good, bad], why, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["reader", "full standard output", "two default names", "signal SIGKILL at moment 0"])
+def test_faults_in_real_runs_are_handled(word, tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "STRAIGHT", tmp_path / "straight")
+    assert faults.main([word]) == 0
+
+
+def test_the_table_of_faults_has_at_least_sixty_of_different_names():
+    assert len({case.name for case in faults.CASES}) == len(faults.CASES) >= 60
