@@ -20,7 +20,7 @@ import gymnasium
 import numpy as np
 from rapidfuzz import fuzz, utils
 
-from lib import experts, server
+from lib import experts
 from lib.catalogue import official_shop, shop_of, split_goals, weighted_goal
 from lib.generated import SEARCH_TYPES, bundled_corpus, game_types, generate_game, search_questions, webshop_catalogue
 from lib.official import (
@@ -52,6 +52,7 @@ from lib.retrieval import (
     corpus_search,
     read_corpus,
 )
+from lib.server import main
 from lib.spaces import AnyText
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1234,4 +1235,4 @@ def parse_action(env_name, text, *, official=False):
 
 
 if __name__ == "__main__":
-    server.main()  # python envs.py serve-search
+    main()  # python envs.py serve-search
