@@ -412,7 +412,9 @@ class Shop(NamedTuple):
         """({asin: price}, goals), drawn as in the original."""
         if not self.files:
             draws = draw_goals(self.table, seed, shuffle_seed)
-            return dict(zip(self.products, draws.prices.tolist(), strict=True)), Goals(self, draws)[:]
+            lazy = Goals(self, draws)
+            goals = [goal for number in np.flatnonzero(self.table.goals) for goal in lazy.of_product(number)]
+            return dict(zip(self.products, draws.prices.tolist(), strict=True)), [goals[i] for i in draws.order]
         name = f"{self.products.path.parent.name}-{int(seed)}-{int(shuffle_seed)}"
         folder = cached(self.files[0].parent, self.files, name, lambda folder: save_arrays(
             draw_goals(self.table, seed, shuffle_seed)._asdict(), folder))
