@@ -623,7 +623,7 @@ class WebShop(TextEnv):
             return self.shop.where("query", " ".join(words).strip())
         if mark == "<a>":
             return []
-        return [asin for asin in self.search(query) if asin in self.products][:HITS]
+        return [asin for asin in self.search(query) if self.draws_random or asin in self.products][:HITS]
 
     def _show(self, page, score=None):
         self.page = page

@@ -1,4 +1,5 @@
-"""What a first reading may skip: official data, retrieval, generated tasks, scripted players, models, settings, runs.
+"""What a first reading may skip: official data, catalogues, retrieval, generated tasks, scripted players, a gymnasium
+space, models, settings, runs.
 
 Import it before torch. OpenMP's threads (libgomp's, on Linux) spin for long while they wait for each other: beside two
 other programs on two cores a training step took 90 s. If they sleep after a short spin it takes 8, and 3.6 alone, as

@@ -118,9 +118,9 @@ class Goals(Sequence):
         return self.of_product(product)[number - self.ends[product]]             # counted from the end
 
     @functools.cached_property
-    def weights(self):
-        """Of all goals, in their order, [goals] fp64."""
-        return np.repeat(self.shop.table.weights, self.shop.table.goals)[self.order]
+    def cumulative_weights(self):
+        """0, and the sums of the weights up to each goal, [goals + 1] fp64."""
+        return np.cumsum(np.append(0, np.repeat(self.shop.table.weights, self.shop.table.goals)[self.order]))
 
     def of_product(self, number):
         """All goals of product `number`."""
@@ -148,8 +148,8 @@ def weighted_goal(goals, rng):
     Its table of cumulative weights begins with a zero, so goal i is drawn with the weight of goal i - 1 and goal 0
     never.
     """
-    weights = goals.weights if isinstance(goals, Goals) else [goal["weight"] for goal in goals]
-    cumulative = np.cumsum(np.append(0, weights))
+    cumulative = (goals.cumulative_weights if isinstance(goals, Goals)
+                  else np.cumsum([0, *(goal["weight"] for goal in goals)]))
     return min(int(np.searchsorted(cumulative, rng.uniform(0, cumulative[-1]), side="right")), len(goals) - 1)
 
 
@@ -423,7 +423,9 @@ class Shop(NamedTuple):
         """({asin: price}, goals), drawn as in the original."""
         if not self.files:
             draws = draw_goals(self.table, seed, shuffle_seed)
-            return dict(zip(self.products, draws.prices.tolist(), strict=True)), Goals(self, draws)[:]
+            lazy = Goals(self, draws)
+            goals = [goal for number in np.flatnonzero(self.table.goals) for goal in lazy.of_product(number)]
+            return dict(zip(self.products, draws.prices.tolist(), strict=True)), [goals[i] for i in draws.order]
         name = f"{self.products.path.parent.name}-{int(seed)}-{int(shuffle_seed)}"
         folder = cached(self.files[0].parent, self.files, name, lambda folder: save_arrays(
             draw_goals(self.table, seed, shuffle_seed)._asdict(), folder))

@@ -823,8 +823,9 @@ def load_questions(path):
         text, source = row.get("question"), row.get("data_source") or "unknown"
         if not isinstance(text, str) or not text.strip() or not isinstance(source, str):
             raise ValueError(f"{where}: a row needs a text as question, and data_source, if given, must be one too.")
-        if not re.fullmatch(r"[\w-]+([ .][\w-]+)*", source):   # it names a file of skills
-            raise ValueError(f"{where}: data_source {source!r:.60} must be a plain name, of letters, digits, - and _.")
+        if not re.fullmatch(r"(?=.{1,100}$)[\w-]+([ .][\w-]+)*", source):      # it names a file of skills
+            raise ValueError(f"{where}: data_source {source!r:.60} must be a plain name, of letters, digits, - and _, "
+                             "of at most 100 characters.")
         questions.append(Question(text, row_golds(row, where), source.removeprefix("searchR1_")))  # verl adds this
     if not questions:
         raise ValueError(f"{path} holds no question; give a file with at least one row.")
