@@ -122,8 +122,10 @@ def test_settings_of_a_stored_model_change_neither_what_a_forward_pass_returns_n
         policy, model_folder, tmp_path):
     path = altered(model_folder, tmp_path / "m", return_dict=False, output_hidden_states=True, use_cache=False,
                    attention_dropout=0.5)
-    altered(path, tmp_path / "n", "generation_config.json", do_sample=False, temperature=0.5, eos_token_id=[7, 8])
-    found = sdar.load_policy(config(model=str(tmp_path / "n")))
+    path = altered(path, tmp_path / "n", "generation_config.json", do_sample=False, temperature=0.5,
+                   eos_token_id=[7, 8])
+    path = altered(path, tmp_path / "o", "tokenizer_config.json", clean_up_tokenization_spaces=True)
+    found = sdar.load_policy(config(model=path))
     assert found.fused_error == policy.fused_error and found.stop_ids == {7, 8, found.chat.tokenizer.eos_token_id}
     found.model.save_pretrained(tmp_path / "saved")
     text = "it 's so , is n't it ?"
