@@ -76,8 +76,9 @@ def refused(program, arguments, culprit, capsys):
     """The program ends with status 2 and one sentence on standard error that names the culprit."""
     capsys.readouterr()
     status = program(arguments)
+    other = "Loading weights", "step/s", "s/step", "shards:", "warning: "
     error = [line for line in capsys.readouterr().err.splitlines()
-             if line.strip() and not any(bar in line for bar in ("Loading weights", "step/s", "s/step", "shards:"))]
+             if line.strip() and not any(text in line for text in other)]
     assert status == 2 and len(error) == 1 and error[0].startswith("error: "), error
     assert culprit in error[0] and error[0].endswith((".", "]")) and "Traceback" not in error[0], error[0]
 

@@ -8,6 +8,7 @@ product inside the kernel). An architecture for which they differ would train on
 import dataclasses
 import inspect
 import re
+import sys
 
 import torch
 
@@ -85,8 +86,8 @@ def trial_prompts(policy, longest):
     size = sum(p.numel() for p in policy.model.parameters())
     layers, width = getattr(config, "num_hidden_layers", 1), policy.model.get_input_embeddings().embedding_dim
     attention = 8 * width * layers  # for each pair of tokens
-    length = longest
-    while length > 64 and 2 * size * length + attention * length ** 2 > BUDGET[policy.device.type]:
+    length, budget = longest, BUDGET["cuda" if policy.device.type == "cuda" else "cpu"]
+    while length > 64 and 2 * size * length + attention * length ** 2 > budget:
         length = length * 7 // 8
     chat = policy.chat
     words = sorted(set(chat.tokenizer.get_vocab().values()) - set(chat.tokenizer.all_special_ids)
@@ -158,17 +159,20 @@ def check_rounding(name, trained, own):
 
 
 def check_lengths(config, name, longest):
-    """Raises UserError if prompts and responses of the longest allowed size are beyond what the model is made for."""
+    """Raises UserError if the longest allowed prompt and response are beyond the positions that a model has, or where
+    its log-probs would depend on a row's neighbours. Rotary positions have no end, but a warning is due."""
     rope = getattr(config, "rope_parameters", None) or {}
-    ask = ("--max_prompt_tokens, the skills and --max_response_tokens allow sequences of "
-           f"{longest} tokens: lower the first or the last")
+    most = getattr(config, "max_position_embeddings", None) or longest
+    ask = (f"--max_prompt_tokens, the skills and --max_response_tokens allow sequences of {longest} tokens: lower the "
+           "first or the last")
     for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if one.get("rope_type") in ("dynamic", "longrope"):
             original = (one.get("original_max_position_embeddings")
-                        or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings)
+                        or getattr(config, "original_max_position_embeddings", None) or most)
             if longest > original:
                 raise UserError(f"{name} scales its positions by the longest row of a batch beyond {original} tokens "
                                 f"({one['rope_type']} rope), so log-probs would depend on a row's neighbours; {ask}.")
-    most = getattr(config, "max_position_embeddings", None)
-    if most and 0 < most < longest:
+    if 0 < most < longest and rope:
+        print(f"warning: {name} was made for {most} positions, but {ask}, if such prompts occur.", file=sys.stderr)
+    elif 0 < most < longest:
         raise UserError(f"{name} has {most} positions, but {ask}.")

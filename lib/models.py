@@ -120,8 +120,7 @@ def some(names, most=3):
 def check_weights(path, model, loading):
     """Raises UserError if a weight was not in the files, with this shape (it is random then), or is not a number."""
     other_shape = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
-    broken = {name for name, weight in model.state_dict().items()
-              if weight.is_floating_point() and not weight.isfinite().all()}
+    broken = {name for name, weight in model.named_parameters() if not weight.isfinite().all()}
     for names, what in ((loading["missing_keys"], "are missing"), (other_shape, "do not have the shape of its config"),
                         (broken, "are NaN or infinite")):
         if names:
@@ -209,6 +208,11 @@ class Chat:
 
     def prompt(self, text):
         return self.before + self.encode(text) + self.after
+
+    def answer(self, text):
+        """The ids of a response that says text, from behind what the template opens to the token that ends it."""
+        end = self.end_ids or [self.tokenizer.eos_token_id]
+        return self.encode(text.removeprefix(self.opened.rstrip())) + tuple(end)
 
     def response_text(self, ids):
         """What a response says, with the thought that the template may have opened for it."""

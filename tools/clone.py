@@ -129,7 +129,7 @@ def demonstrations(chat, source, rng):
     lessons = []
     for context, skills, thought, action in demonstrated_turns(source, rng):
         _, ids = sdar.fit_prompt(chat, source.cfg, context, skills)
-        answer = chat.encode(experts.write_answer(source.cfg.env, thought, action)) + (chat.tokenizer.eos_token_id,)
+        answer = chat.answer(experts.write_answer(source.cfg.env, thought, action))
         lessons.append(Lesson(ids, answer, [1.0] * len(answer)))
     return lessons
 
