@@ -268,6 +268,7 @@ def test_the_forecast_of_activations_holds_what_autograd_keeps(policy):
     (["--xyzzy"], "--help lists them."), (["webshop"], "'webshop' is not expected"), (["--steps"], "--steps: expected"),
     (["--steps", "many"], "--steps: 'many' is not a whole number."), (["--lr", "0,1"], "--lr: '0,1' is not a number."),
     (["--seed", "9" * 5000], "is not a whole number."), (["--seed", "9" * 30], "--seed"), (["--lr", "nan"], "--lr"),
+    *(([f"--{name}", "9" * 13], f"--{name}") for name in ("threads", "tasks", "group_size", "eval_tasks", "max_turns")),
     (["--resume", "a", "--config", "b"], "--config"), (["--config", "nowhere.json"], "nowhere.json"),
     (["--retriever", "http://u:p@h", "--env", "webshop"], "--retriever would do nothing"), (["--keep", "0"], "--keep"),
     (["--model", "./\x1b[31mred\u202e"], "\\x1b[31mred\\u202e")])
