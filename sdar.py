@@ -160,9 +160,9 @@ class Config:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", resume=True)
     dtype: str = option("auto", "auto is bf16 compute on CUDA, fp32 elsewhere; weights are always fp32",
                         choices=("auto", "float32", "bfloat16"), resume=True)
-    threads: int = option(0, "CPU threads, 0 for torch's own choice", at_least=0, resume=True)
+    threads: int = option(0, "CPU threads, 0 for torch's own choice", at_least=0, at_most=1024, resume=True)
     tasks: int = option(16, "tasks per step", group="rollout", at_least=1)
-    group_size: int = option(8, "episodes per task, which are compared with each other", at_least=2)
+    group_size: int = option(8, "episodes per task, which are compared with each other", at_least=2, at_most=4096)
     temperature: float = option(1.0, "sampling temperature in training; log-probs use it too", above=0)
     max_prompt_tokens: int = option(4096, "limit of a student prompt; a teacher prompt may be longer by its skills",
                                     at_least=1, resume=True)

@@ -16,7 +16,7 @@ import torch
 import eval as evaluation
 import sdar
 from conftest import assert_same_run, config, flags, lines_of, refused
-from lib import checkpoints, health, program, runs, settings
+from lib import checkpoints, health, program, retrieval, runs, settings
 from tools import faults
 
 
@@ -142,7 +142,7 @@ def test_checkpoints_of_any_layout_are_resumed(kind, shards, model_folder, tmp_p
 @pytest.mark.parametrize("where, name, call, error, culprit", [
     (torch, "save", 3, OSError(errno.ENOSPC, "No space left on device"), "checkpoint-2 cannot be written (No space"),
     (torch, "save", 3, RuntimeError("PytorchStreamWriter failed writing file"), "PytorchStreamWriter failed"),
-    (runs, "dump_episodes", 1, OSError(errno.EROFS, "Read-only file system"), "cannot be written (Read-only"),
+    (sdar, "write_step", 1, OSError(errno.EROFS, "Read-only file system"), "cannot be written (Read-only"),
     (sdar, "sample_batch", 4, RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--rollout_batch (now 128"),
     (sdar, "token_scores", 3, torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), "--micro_tokens (now 4096"),
     (torch.optim.AdamW, "step", 2, MemoryError(), "The last checkpoint is")])
@@ -268,6 +268,7 @@ def test_the_forecast_of_activations_holds_what_autograd_keeps(policy):
     (["--xyzzy"], "--help lists them."), (["webshop"], "'webshop' is not expected"), (["--steps"], "--steps: expected"),
     (["--steps", "many"], "--steps: 'many' is not a whole number."), (["--lr", "0,1"], "--lr: '0,1' is not a number."),
     (["--seed", "9" * 5000], "is not a whole number."), (["--seed", "9" * 30], "--seed"), (["--lr", "nan"], "--lr"),
+    *(([f"--{name}", "9" * 13], f"--{name}") for name in ("threads", "tasks", "group_size", "eval_tasks", "max_turns")),
     (["--resume", "a", "--config", "b"], "--config"), (["--config", "nowhere.json"], "nowhere.json"),
     (["--retriever", "http://u:p@h", "--env", "webshop"], "--retriever would do nothing"), (["--keep", "0"], "--keep"),
     (["--model", "./\x1b[31mred\u202e"], "\\x1b[31mred\\u202e")])
@@ -302,6 +303,7 @@ def test_a_new_run_has_the_settings_of_another_and_flags_on_top(run, straight, t
 
 
 def test_a_password_is_stored_nowhere_and_asked_for_again(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(retrieval.Retriever, "probe", lambda self: None)  # it goes down later
     run, secret = tmp_path / "run", "http://me:se@cret@127.0.0.1:9"
     arguments = flags(model_folder, run, env="search", steps=1, eval_every=0, eval_tasks=None, retriever=secret)
     assert sdar.main(arguments) == 0

@@ -12,6 +12,7 @@ says in one sentence why it will not train it. Anything else is a fault of ours,
 
 import argparse
 import dataclasses
+import random
 import re
 import sys
 import tempfile
@@ -154,7 +155,8 @@ def played_rows(policy, cfg):
     draw = lambda n: tuple(torch.randint(5, 2000, (n,), generator=words).tolist())
     prompts = [draw(n) for n in LENGTHS]
     teachers = {prompt: draw(5) + prompt for prompt in prompts}
-    responses = sdar.sample(policy, prompts * 2, cfg, cfg.temperature, torch.Generator().manual_seed(2))
+    noises = [random.Random(number) for number in range(2 * len(prompts))]
+    responses = sdar.sample(policy, prompts * 2, cfg, cfg.temperature, noises)
     return [sdar.Row(prompt, teachers[prompt], response.ids, advantage, response.logp)
             for prompt, response, advantage in zip(prompts * 2, responses, [1.0, -1.0, 0.5] * 2)]
 
