@@ -97,7 +97,7 @@ def build_postings(ids, texts, *, k1=0.9, b=0.4):
         counts.extend(found.values())
         sizes.append(len(found))
         lengths.append(found.total())
-    numbers, counts, sizes, lengths = (np.array(values, dtype=np.int32) for values in (numbers, counts, sizes, lengths))
+    numbers, counts, sizes, lengths = map(np.asarray, (numbers, counts, sizes, lengths))         # views: int32
     frequency = np.bincount(numbers, minlength=len(terms))
     order = np.argsort(numbers, kind="stable")       # by term, and documents in their order within one
     documents = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[order]
