@@ -97,7 +97,7 @@ def build_postings(ids, texts, *, k1=0.9, b=0.4):
         counts.extend(found.values())
         sizes.append(len(found))
         lengths.append(found.total())
-    numbers, counts, sizes, lengths = (np.array(values, dtype=np.int32) for values in (numbers, counts, sizes, lengths))
+    numbers, counts, sizes, lengths = map(np.asarray, (numbers, counts, sizes, lengths))         # views: int32
     frequency = np.bincount(numbers, minlength=len(terms))
     order = np.argsort(numbers, kind="stable")       # by term, and documents in their order within one
     documents = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[order]
@@ -136,14 +136,21 @@ def bm25_scores(postings, query):
     return scores
 
 
+def candidates(scores, k):
+    """The numbers of some documents, in order, among which are the best k: sorting those is enough."""
+    size = len(scores) // (8 * k)
+    if size < 64:
+        hits = np.flatnonzero(scores)
+        return hits if len(hits) <= k else hits[scores[hits] >= np.partition(scores[hits], -k)[-k]]
+    highest = scores[:len(scores) // size * size].reshape(-1, size).max(1)
+    floor = np.partition(highest, -k)[-k]            # so many blocks, and so at least k documents, reach it
+    return np.flatnonzero(scores >= floor if floor > 0 else scores)
+
+
 def bm25(postings, query, k=HITS):
     """The identifiers of the best k documents or fewer, best first; equal scores in document order."""
     scores = bm25_scores(postings, query)
-    # Sort only what can be among the best k: where k blocks of documents have a score of `floor`, k documents have.
-    size = max(1, len(scores) // (8 * k))
-    highest = scores[:len(scores) // size * size].reshape(-1, size).max(1)
-    floor = np.partition(highest, -k)[-k] if len(highest) > k else 0
-    hits = np.flatnonzero(scores >= floor) if floor > 0 else np.flatnonzero(scores)
+    hits = candidates(scores, k)
     best = hits[np.argsort(-scores[hits], kind="stable")][:k]
     return tuple(postings.ids[best].tolist())
 

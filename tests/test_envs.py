@@ -332,6 +332,18 @@ def test_terms_of_ascii_texts_are_runs_of_letters_and_digits(text):
     assert pattern.findall(text) == plain and len(retrieval.search_terms(text)) <= len(plain)
 
 
+@pytest.mark.parametrize("size, hits", [(9, 9), (900, 900), (30000, 29999), (30001, 300), (30000, 20), (30000, 0)])
+def test_what_is_sorted_of_many_documents_holds_the_best_in_document_order(size, hits):
+    rng = np.random.default_rng(0)
+    for values in (3, 100, 10**6):
+        scores = np.zeros(size, dtype=np.float32)
+        scores[rng.permutation(size)[:hits]] = rng.integers(1, values, hits)
+        expected = [number for number in np.argsort(-scores, kind="stable").tolist() if scores[number]]
+        for k in (1, 50, 40000):
+            found = retrieval.candidates(scores, k)
+            assert found[np.argsort(-scores[found], kind="stable")][:k].tolist() == expected[:k]
+
+
 def test_everything_admissible_is_valid_and_nothing_else_changes_what_is_shown_or_shared(official):
     env, rng = envs.WebShop(official), random.Random(0)
     everything = lambda: json.dumps([dict(env.products), env.goals[:], dict(env.price)])
