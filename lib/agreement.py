@@ -48,6 +48,10 @@ def check_model(policy, name, longest, sample, score):
     packed = packed_logp(exact, score, prompts, ids, longest, heat)
     packs = packed is not None and largest(packed - own) < LIMIT
     logp = packed if packs else alone
+    if not packs:
+        print(f"warning: {name} trains a sequence per response, which takes longer: its attention does not follow a "
+              "mask that packs the responses to one prompt into one sequence, as far as a trial could tell.",
+              file=sys.stderr)
     if policy.autocast:
         logp = attempt(name, "training in bf16", score, policy, prompts, last, heat)
         check_rounding(name, logp - own, attempt(name, "bf16", own_logp, policy, prompts, last, heat) - own)

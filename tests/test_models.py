@@ -143,6 +143,13 @@ def test_no_code_of_a_model_folder_runs(model_folder, tmp_path, monkeypatch):
         with contextlib.suppress(sdar.UserError):
             models.read_model(path)
         assert not marker.exists()
+    pickled = altered(model_folder, tmp_path / "pickled")
+    Path(pickled, "model.safetensors").unlink()
+    evil = type("Evil", (), {"__reduce__": lambda self: (open, (str(marker), "w"))})
+    torch.save({"lm_head.weight": evil()}, Path(pickled, "pytorch_model.bin"))
+    with pytest.raises(sdar.UserError, match="Could not load"):
+        models.read_model(pickled)
+    assert not marker.exists()
 
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -282,3 +289,12 @@ def test_a_steps_metrics_hold_the_difference_between_sampler_and_trainer(updates
     assert metrics["rollout/logp_diff_max"] == pytest.approx(shift, abs=1e-4)
     expected = shift * len(rows[0].response_ids) / tokens
     assert metrics["rollout/logp_diff_mean"] == pytest.approx(expected, rel=1e-3 if updates == 1 else 0.2)
+
+
+def test_a_reference_model_beside_recomputed_layers_keeps_its_own_weights(model_folder):
+    recomputing = sdar.load_policy(config(model=str(model_folder), kl_coef=0.01, recompute=True))
+    before = own_logp(recomputing.ref, (5, 6), (7, 8))
+    with torch.no_grad():
+        recomputing.model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    assert torch.equal(own_logp(recomputing.ref, (5, 6), (7, 8)), before)
+    assert not torch.equal(own_logp(recomputing.model, (5, 6), (7, 8)), before)
