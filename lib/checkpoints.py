@@ -102,11 +102,11 @@ def save_checkpoint(run, model, tokenizer, optimizer, step, *, keep=2, settings=
     run has not written, such as an evaluation, stay too. settings: the run's, as in its config.json. Raises NotSaved.
     """
     final, hidden = run / f"checkpoint-{step}", run / f".checkpoint-{step}.tmp"
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise NotSaved(f"The weights hold NaN or infinity ({name}) after step {step}, so they are not saved.")
     shutil.rmtree(hidden, ignore_errors=True)
     try:
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise NotSaved(f"The weights hold NaN or infinity ({name}) after step {step}, so they are not saved.")
         model.save_pretrained(hidden)
         tokenizer.save_pretrained(hidden)
         with open(hidden / "state.pt", "wb") as file:

@@ -1,7 +1,6 @@
 """What every command line here shares: its errors, its exit status, and what it may write to a terminal."""
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -69,7 +68,7 @@ def out_of_memory(error):
         words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory"))
 
 
-class Output(io.TextIOBase):
+class Output:
     """Standard output that can't end a program halfway: what can't be written is noted, and said by exit_status.
 
     A reader that has gone (`| head -1`) counts as Ctrl-C, after which a run is saved. Text is made printable, and

@@ -11,6 +11,7 @@ import contextlib
 import shlex
 import signal
 import sys
+import traceback
 import warnings
 from copy import deepcopy
 
@@ -88,7 +89,7 @@ class Run:
         self.folder, self.step, self.cfg = folder.absolute(), step, cfg  # an environment may change directories
         self.resume = f"{command} --resume {shlex.quote(str(folder))}"
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
-        self.saved = step if (folder / f"checkpoint-{step}").is_dir() else None  # what a resumed run comes from
+        self.saved = step if folder / f"checkpoint-{step}" in checkpoints(folder) else None  # a resumed run's
         self.settings = stored_settings(folder)  # each checkpoint carries them
         self.recent, self.said = [], set()  # metrics of the last steps, and which advice was given
         self.torn = False  # whether an optimiser step has begun whose end is not logged
@@ -133,6 +134,8 @@ class Run:
                 return self.save_whole(stopped=error is not None)
             except NotSaved as failed:
                 raise UserError(f"{failed} {self.keep_whole(False)}") from failed
+        if out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)  # activations: saving needs some memory, too
         kept = self.keep_whole(whole and not isinstance(error, NotSaved))
         sentence = self.explain(error)
         if sentence:

