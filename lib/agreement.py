@@ -31,8 +31,9 @@ def check_model(policy, name, longest, sample, score):
     standard deviation of the logits, so that neither flat logits, as of a random model, nor large ones, with which all
     that is sampled has a log-prob near 0, hide a difference. Raises UserError if there is one.
     """
-    check_lengths(text_config(policy.model), name, longest)
     prompts = trial_prompts(policy, longest)
+    tried = max(map(len, prompts)) + RESPONSE
+    check_lengths(text_config(policy.model), name, longest, tried)
     exact = dataclasses.replace(policy, autocast=False, stop_ids=frozenset(range(0, vocabulary(policy), RESPONSE)))
     heat = attempt(name, "its own forward pass", spread, exact, prompts[0])
     responses = attempt(name, "sampling", sample, exact, prompts * 2, RESPONSE, heat)
@@ -45,7 +46,8 @@ def check_model(policy, name, longest, sample, score):
         if not largest(logp - own) < LIMIT:
             raise UserError(f"{name} is not supported: log-probs in {doing} differ from the model's own by "
                             f"{largest(logp - own):.2g} (limit {LIMIT:g}), {SUSPECTS[doing]}.")
-    packed = packed_logp(exact, score, prompts, ids, longest, heat)
+    reaches = tried >= longest or familiar(text_config(policy.model), tried)
+    packed = packed_logp(exact, score, prompts, ids, heat) if reaches else None
     packs = packed is not None and largest(packed - own) < LIMIT
     logp = packed if packs else alone
     if not packs:
@@ -138,12 +140,8 @@ def familiar(config, tried):
     return (attention_window(config) or 0) < tried and not others and kinds <= {"full_attention", "sliding_attention"}
 
 
-def packed_logp(policy, score, prompts, siblings, longest, temperature):
-    """The trainer's log-probs [N] of the last sibling of each prompt when all are packed, or None where that fails, or
-    says nothing about longer rows."""
-    tried = max(map(len, prompts)) + RESPONSE
-    if tried < longest and not familiar(text_config(policy.model), tried):
-        return None
+def packed_logp(policy, score, prompts, siblings, temperature):
+    """The trainer's log-probs [N] of the last sibling of each prompt when all are packed, or None where that fails."""
     try:
         with torch.no_grad():
             logp = score(policy, prompts, siblings, temperature)
@@ -162,9 +160,14 @@ def check_rounding(name, trained, own):
                         f"the model's own {rounding:.2g}. Use --dtype float32.")
 
 
-def check_lengths(config, name, longest):
+def check_lengths(config, name, longest, tried):
     """Raises UserError if the longest allowed prompt and response are beyond the positions that a model has, or where
-    its log-probs would depend on a row's neighbours. Rotary positions have no end, but a warning is due."""
+    its log-probs would depend on a row's neighbours. Rotary positions have no end, but a warning is due.
+
+    tried: tokens of the longest trial. transformers' own padded and cached passes do not agree with plain ones once an
+    index picks the tokens that are attended to (DeepSeek V3.2), so a trial that does not reach that far is not enough.
+    """
+    picked = getattr(config, "index_topk", None) or longest
     rope = getattr(config, "rope_parameters", None) or {}
     most = getattr(config, "max_position_embeddings", None) or longest
     ask = (f"--max_prompt_tokens, the skills and --max_response_tokens allow sequences of {longest} tokens: lower the "
@@ -176,6 +179,9 @@ def check_lengths(config, name, longest):
             if longest > original:
                 raise UserError(f"{name} scales its positions by the longest row of a batch beyond {original} tokens "
                                 f"({one['rope_type']} rope), so log-probs would depend on a row's neighbours; {ask}.")
+    if tried <= picked < longest:
+        raise UserError(f"{name} attends to {picked} tokens that an index picks, and a trial of more would take too "
+                        f"long; {ask}.")
     if 0 < most < longest and rope:
         print(f"warning: {name} was made for {most} positions, but {ask}, if such prompts occur.", file=sys.stderr)
     elif 0 < most < longest:

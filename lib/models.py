@@ -64,8 +64,8 @@ def read_model(path):
     except UserError:
         raise
     except KeyError as error:  # an activation, a kind of rope, ...
-        raise UserError(f"The config.json in {path!r} asks for {error}, which this version of transformers does not "
-                        "know.") from error
+        raise UserError(f"Could not load the model {path!r}: {error} is missing in its files, or unknown to this "
+                        "version of transformers.") from error
     except Exception as error:  # config, weights and tokenizer are foreign data: transformers fails on them in any way
         raise UserError(f"Could not load the model {path!r}: {describe(error)}") from error
     if max(ids) >= size:

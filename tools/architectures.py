@@ -262,8 +262,8 @@ the log-probs of sampler, trainer and the model's own forward pass. Where they a
 in one sentence; where responses of one prompt can't be packed into one sequence it trains a sequence per response,
 which gives the same numbers and takes longer. The model stays in eval mode throughout, so that no dropout and no router
 noise gets between sampler and trainer, with `--recompute` too. Refused as well: quantised weights, weights that are
-missing or NaN, and prompts beyond the positions that a model has learned (lower `--max_prompt_tokens`; beyond those that
-a rotary model was made for there is a warning). Code in a model's own folder never runs.
+missing or NaN, and prompts beyond the positions that a model has learned (lower `--max_prompt_tokens`; beyond those
+that a rotary model was made for there is a warning). Code in a model's own folder never runs.
 
 The table is what became of a small random model of every causal LM of transformers. Right: sampler, trainer (student
 and teacher, siblings, padding) and plain forward passes of a freshly loaded copy agree in fp32 within 1e-5 nats, or
