@@ -246,6 +246,9 @@ def choose_checkpoint(run, wanted=None):
     candidates = [wanted] if wanted else checkpoints(run)
     if not candidates:
         raise UserError(f"{run} holds no checkpoint yet: start it again without --resume.")
+    size = sum(path.stat().st_size for path in candidates[-1].iterdir())
+    if size > 4e9:  # a second and more
+        print(f"checking the {size / 1e9:.0f} GB of {candidates[-1]} ...", flush=True)
     checkpoint, faults = newest_intact(candidates)
     if checkpoint is None:
         advice = f"--resume {shlex.quote(str(run))} takes the newest that is intact" if wanted else "start a new run"

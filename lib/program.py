@@ -135,8 +135,8 @@ def run(program, argv):
             return refuse(f"{error.filename or type(error).__name__}: {error.strerror or first_sentence(error)}.")
         if not out_of_memory(error):
             raise
-        return refuse(f"There is not enough memory ({first_sentence(error)}): take a smaller model, or lower "
-                      "--rollout_batch and --micro_tokens.")
+        return refuse(f"There is not enough memory ({first_sentence(error).rstrip('.')}): take a smaller model, or "
+                      "lower --rollout_batch and --micro_tokens.")
     return 0
 
 

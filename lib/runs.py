@@ -18,7 +18,7 @@ from copy import deepcopy
 from tqdm import tqdm
 
 from lib.advice import PATIENCE, advice
-from lib.checkpoints import NotSaved, checkpoints, save_checkpoint
+from lib.checkpoints import NotSaved, checkpoints, save_checkpoint, step_of
 from lib.folders import (
     ROOT, TRACKERS, create_run, is_finished, is_run, provenance, read_lines, read_settings, reopen, restore,
     settings_in, settings_of, storable, stored_settings, unwritable, write_settings)

@@ -44,7 +44,7 @@ def test_imports_go_one_way_and_functions_fit_on_a_screen(path):
 
 def test_no_file_imports_itself_through_others():
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
-    graph = {name: {other for other in names for found in imported(path) if f"{found}.".startswith(f"{other}.")}
+    graph = {name: {other for found in imported(path) for other in names if f"{found}.".startswith(f"{other}.")}
              for name, path in names.items()}
     assert {"lib.models", "lib.runs"} <= graph["sdar"] and "tools.clone" in graph["tools.tiny"]
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names a circle

@@ -78,6 +78,7 @@ def test_cloning_writes_a_model_folder_and_is_resumed_bit_for_bit(model_folder, 
     assert [e["step"] for e in lines_of(whole)] == [1, 2, 3]
     assert not same(weights_of(whole), weights_of(model_folder))
     assert models.read_model(str(whole))[1].chat_template  # what sdar.py --model and eval.py load
+    assert clone.main(["--resume", str(whole)]) == 0 and "is finished (3 steps)" in capsys.readouterr().out
     assert not models.is_bundled(whole) and models.is_bundled(models.TINY) and models.is_bundled("tiny")
     refused(clone.main, clone_flags(whole, model=model_folder, max_prompt_tokens=2048), f"--resume {whole}", capsys)
     refused(clone.main, ["--resume", str(whole), "--lr", "1"], "--lr 1.0 contradicts", capsys)

@@ -215,13 +215,19 @@ def parse(argv, description, kind, flags, fixed=None):
 
 def clone(argv):
     cfg, folder, checkpoint = parse(argv, __doc__, CloneConfig, FLAGS)
+    if checkpoint and runs.step_of(checkpoint) == cfg.steps and (folder / "tokenizer_config.json").is_file():
+        return print(f"{folder} is finished ({cfg.steps} steps); train it: {advice(cfg, folder)}")
     source = make_source(cfg)
     demonstrated_turns(source, random.Random(0))  # raises now if the tasks have no expert
     policy = sdar.load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg,
                               source.skills if cfg.weak else None)
     sdar.check_prompt_limit(policy, cfg, source.env)
     folder = run(cfg, policy, expert_lessons(policy.chat, source), folder, checkpoint)
-    print(f"saved in {folder}; train it: python sdar.py --env {cfg.env} --model {shlex.quote(str(folder))}")
+    print(f"saved in {folder}; train it: {advice(cfg, folder)}")
+
+
+def advice(cfg, folder):
+    return f"python sdar.py --env {cfg.env} --model {shlex.quote(str(folder))}"
 
 
 def main(argv=None, program=clone):

@@ -115,6 +115,13 @@ class Forked:
                                                  stdin=subprocess.PIPE, env=os.environ | QUIET)
             print(json.dumps(job), file=Forked.parent.stdin, flush=True)
 
+    @staticmethod
+    def end():
+        if Forked.parent is not None:
+            Forked.parent.stdin.close()
+            Forked.parent.wait()
+            Forked.parent = None
+
     def wait_for(self, condition):
         end = time.monotonic() + LIMIT
         while not condition():
@@ -627,8 +634,7 @@ def main(words):
                 wrong += fault is not None
                 print(f"ok    {case.name}" if fault is None else f"WRONG {case.name}: {fault}", flush=True)
     finally:
-        Forked.parent.stdin.close()
-        Forked.parent = Forked.parent.wait() and None
+        Forked.end()
         shutil.rmtree(STRAIGHT.parent, ignore_errors=True)
     print(f"handled {len(chosen) - wrong}/{len(chosen)}")
     return int(wrong > 0)
