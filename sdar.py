@@ -54,7 +54,7 @@ from lib.settings import Parser, add_options, changeable, changes, check_value, 
 from lib.skills import read_skills
 from lib.tasks import Task, guard, reset_env, step_env, stratified, types_of
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # E episodes · B rows (a row is one turn of an episode) · T response tokens of a row · N those of a micro-batch
 # S packed sequences · L their length · P prompt tokens · D hidden size · V vocabulary
