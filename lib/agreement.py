@@ -25,17 +25,18 @@ def check_model(policy, name, longest, sample, score):
     packed into one sequence).
 
     longest: tokens of the longest prompt, skills included, and its response that the settings allow; trial prompts are
-    a short one and one that makes up that length, or as long as BUDGET allows (what is known to depend on the length is
-    refused by check_lengths whatever the trial sees). sample(policy, prompts, tokens, temperature) -> responses (ids,
-    logp); score(policy, prompts, responses, temperature) -> the trainer's log-probs [N]. The temperature is the
-    standard deviation of the logits, so that neither flat logits, as of a random model, nor large ones, with which all
-    that is sampled has a log-prob near 0, hide a difference. Raises UserError if there is one.
+    one that makes up that length, or as long as BUDGET allows, and a shorter one, so that a long row is padded, too
+    (what is known to depend on the length is refused by check_lengths whatever the trial sees). sample(policy, prompts,
+    tokens, temperature) -> responses (ids, logp); score(policy, prompts, responses, temperature) -> the trainer's
+    log-probs [N]. The temperature is the standard deviation of the logits, so that neither flat logits, as of a random
+    model, nor large ones, with which all that is sampled has a log-prob near 0, hide a difference. Raises UserError if
+    there is one.
     """
     prompts = trial_prompts(policy, longest)
     tried = max(map(len, prompts)) + RESPONSE
     check_lengths(text_config(policy.model), name, longest, tried)
     exact = dataclasses.replace(policy, autocast=False, stop_ids=frozenset(range(0, vocabulary(policy), RESPONSE)))
-    heat = attempt(name, "its own forward pass", spread, exact, prompts[0])
+    heat = attempt(name, "its own forward pass", spread, exact, policy.chat.prompt("Find a red lamp."))
     responses = attempt(name, "sampling", sample, exact, prompts * 2, RESPONSE, heat)
     groups = [responses[0::2], responses[1::2]]  # siblings leave the batch at different times
     ids, last = [[response.ids for response in group] for group in groups], [[group[-1].ids] for group in groups]
@@ -87,7 +88,7 @@ def vocabulary(policy):
 
 
 def trial_prompts(policy, longest):
-    """A short prompt by the chat template, and random text of the length that was asked for, or that BUDGET allows."""
+    """Random text of the length that was asked for, or that BUDGET allows, after its first five eighths alone."""
     config = text_config(policy.model)
     size = sum(p.numel() for p in policy.model.parameters())
     layers, width = getattr(config, "num_hidden_layers", 1), policy.model.get_input_embeddings().embedding_dim
@@ -95,11 +96,12 @@ def trial_prompts(policy, longest):
     length, budget = longest, BUDGET["cuda" if policy.device.type == "cuda" else "cpu"]
     while length > 64 and 2 * size * length + attention * length ** 2 > budget:
         length = length * 7 // 8
-    chat = policy.chat
-    words = sorted(set(chat.tokenizer.get_vocab().values()) - set(chat.tokenizer.all_special_ids)
-                   - chat.tokenizer.added_tokens_decoder.keys())
-    drawn = torch.randint(len(words), (max(length - RESPONSE, 1),), generator=torch.Generator().manual_seed(0))
-    return [chat.prompt("Find a red lamp."), tuple(words[i] for i in drawn.tolist())]
+    tokenizer = policy.chat.tokenizer
+    words = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+                   - tokenizer.added_tokens_decoder.keys())
+    drawn = torch.randint(len(words), (max(length - RESPONSE, 2),), generator=torch.Generator().manual_seed(0))
+    text = tuple(words[i] for i in drawn.tolist())
+    return [text[:len(text) * 5 // 8], text]
 
 
 def own_logits(policy, ids, n):
@@ -165,9 +167,10 @@ def check_lengths(config, name, longest, tried):
     its log-probs would depend on a row's neighbours. Rotary positions have no end, but a warning is due.
 
     tried: tokens of the longest trial. transformers' own padded and cached passes do not agree with plain ones once an
-    index picks the tokens that are attended to (DeepSeek V3.2), so a trial that does not reach that far is not enough.
+    index picks the tokens that are attended to (DeepSeek V3.2, Doge), so a trial that does not reach that far is not
+    enough.
     """
-    picked = getattr(config, "index_topk", None) or longest
+    picked = min(getattr(config, name, None) or longest for name in ("index_topk", "keep_window_size"))
     rope = getattr(config, "rope_parameters", None) or {}
     most = getattr(config, "max_position_embeddings", None) or longest
     ask = (f"--max_prompt_tokens, the skills and --max_response_tokens allow sequences of {longest} tokens: lower the "

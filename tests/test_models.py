@@ -301,11 +301,11 @@ def test_a_reference_model_beside_recomputed_layers_keeps_its_own_weights(model_
 
 
 @pytest.mark.parametrize("name, kind, says", [("gemma3", "right", "a sequence per response"),
-                                              ("deepseek_v32", "refused", "70 tokens that an index picks")])
+                                              ("doge", "refused", "70 tokens that an index picks")])
 def test_a_trial_that_is_too_short_to_reach_a_window_or_an_index_vouches_for_neither(
         name, kind, says, tmp_path, monkeypatch):
     monkeypatch.setattr(agreement, "BUDGET", {"cpu": 0})
-    for size, value in (("sliding_window", 80), ("index_topk", 70)):  # a trial has 64 tokens then, the rows 106
+    for size, value in (("sliding_window", 80), ("keep_window_size", 70)):  # a trial has 64 tokens then, the rows 106
         monkeypatch.setitem(architectures.SIZES, size, value)
     verdict = architectures.judge(name, tmp_path)
     assert verdict.kind == kind and says in verdict.says

@@ -257,8 +257,8 @@ def judge(name, folder):
 INTRODUCTION = """# Models
 
 `--model` takes what `AutoModelForCausalLM` of transformers loads. Before a run starts, sdar.py samples a few responses
-to a short prompt and to one as long as the settings allow (or as time allows, for a large model on a CPU), and compares
-the log-probs of sampler, trainer and the model's own forward pass. Where they are not one function it refuses the model
+to two prompts, one as long as the settings allow (or as time allows, for a large model on a CPU), and compares the
+log-probs of sampler, trainer and the model's own forward pass. Where they are not one function it refuses the model
 in one sentence; where responses of one prompt can't be packed into one sequence it trains a sequence per response,
 which gives the same numbers and takes longer. The model stays in eval mode throughout, so that no dropout and no router
 noise gets between sampler and trainer, with `--recompute` too. Refused as well: quantised weights, weights that are
