@@ -13,14 +13,19 @@ from pathlib import Path
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-show = sys.excepthook
+show, show_ignored = sys.excepthook, sys.unraisablehook
 
 
 def show_defect(kind, error, trace):
-    """Ctrl-C in the seconds that torch takes to load is not a defect, and has no traceback."""
+    """Ctrl-C in the seconds that torch takes to load, or at the very end, is not a defect, and has no traceback."""
     if not issubclass(kind, KeyboardInterrupt):
         show(kind, error, trace)
 
 
+def show_ignored_defect(what):
+    if not issubclass(what.exc_type, KeyboardInterrupt):
+        show_ignored(what)
+
+
 if Path(__file__).parent.parent in Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parents:
-    sys.excepthook = show_defect  # in the programs here alone, not in those that import them
+    sys.excepthook, sys.unraisablehook = show_defect, show_ignored_defect  # not in programs that import these

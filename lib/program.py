@@ -71,8 +71,8 @@ def out_of_memory(error):
 class Output:
     """Standard output that can't end a program halfway: what can't be written is noted, and said by exit_status.
 
-    A reader that has gone (`| head -1`) counts as Ctrl-C, after which a run is saved. Text is made printable, and
-    characters that the encoding lacks are escaped.
+    An evaluation whose reader has gone (`| head -1`) is written all the same; a run is saved and stops. Text is made
+    printable, and characters that the encoding lacks are escaped.
     """
 
     def __init__(self, stream):
@@ -95,11 +95,14 @@ class Output:
             self.failed = error
             with contextlib.suppress(OSError, ValueError):  # or the interpreter tries to write the rest once more
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            if isinstance(error, BrokenPipeError):
-                raise KeyboardInterrupt from error
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
+
+
+def reader_gone():
+    """Whether what reads standard output, such as `head -1`, has ended."""
+    return isinstance(getattr(sys.stdout, "failed", None), BrokenPipeError)
 
 
 def exit_status(program, argv):
@@ -110,8 +113,7 @@ def exit_status(program, argv):
     try:
         with contextlib.redirect_stdout(output), AT_END:
             status = run(program, argv)
-            with contextlib.suppress(KeyboardInterrupt):
-                output.flush()
+            output.flush()
     finally:
         warnings.formatwarning = shown
     if isinstance(output.failed, BrokenPipeError):

@@ -22,7 +22,7 @@ from lib.checkpoints import NotSaved, checkpoints, save_checkpoint, step_of
 from lib.folders import (
     ROOT, TRACKERS, create_run, is_finished, is_run, provenance, read_lines, read_settings, reopen, restore,
     settings_in, settings_of, storable, stored_settings, unwritable, write_settings)
-from lib.program import UserError, exit_status, first_sentence, optional, out_of_memory, to_json
+from lib.program import UserError, exit_status, first_sentence, optional, out_of_memory, reader_gone, to_json
 
 # ----------------------------------------------------------------------------------------------------------- a live run
 
@@ -49,8 +49,7 @@ def uninterrupted(doing="finishing this update, then saving ..."):
 
     def note(*_):
         pressed.append(True)
-        with contextlib.suppress(KeyboardInterrupt):  # the reader of standard output has gone, too
-            print(f"\n{doing}")
+        print(f"\n{doing}")
 
     with handling(note):
         yield
@@ -196,6 +195,8 @@ class Run:
             warn_of_tracker(error)
         self.bar.write(line)
         sys.stdout.flush()  # a log file shows the line at once, too
+        if reader_gone():
+            raise KeyboardInterrupt
 
     def finish_step(self, metrics, line):
         """Counts and logs a step that is done, and saves it where that is due."""
