@@ -14,6 +14,7 @@
     with - without skills, paired by task
       success +0.805 [+0.727, +0.875]  p 5.23e-30 (McNemar)  a difference
 
+    python eval.py --show eval-tiny-webshop.json --lost       what the agent saw and said, turn by turn
     python eval.py --compare runs/webshop-sdar-0/checkpoint-30/eval.json runs/webshop-grpo-0/checkpoint-30/eval.json
 
 A checkpoint inside a run folder is played under its run's own settings (environment, data, skills, prompt, limits,
@@ -170,6 +171,7 @@ def evaluation_config(model, explicit):
     cfg = dataclasses.replace(run, **explicit)
     if cfg.retrieval == "none":  # a run without a teacher, which is to be shown the same skills as the others
         cfg.retrieval = sdar.Config.retrieval
+    # the others decide nothing of an evaluation, or are idle in the run alone
     sdar.validate(cfg, flags.keys() & {"retriever", "history_observations", "human_goals"})
     return cfg
 
@@ -181,9 +183,9 @@ def play(policy, cfg, environments, tasks, repeats, skills, condition):
     for repeat in range(repeats):
         episodes = sdar.rollout(policy, environments, tasks, cfg, temperature=cfg.eval_temperature, skills=skills,
                                 seed=cfg.seed + 1_000_003 * repeat, doing=CONDITIONS[condition])
-        outcomes += [{"task_id": e.task.task_id, "task_type": e.task_type, "repeat": repeat, "won": bool(e.won),
-                      "score": float(e.score), "turns": len(e.turns), "invalid": sum(not t.valid for t in e.turns),
-                      "done": bool(e.done)} for e in episodes]
+        outcomes += [{"task_id": e.task.task_id, "task_type": e.task_type, "repeat": repeat, "won": e.won,
+                      "score": e.score, "turns": len(e.turns), "invalid": sum(not t.valid for t in e.turns),
+                      "done": e.done} for e in episodes]
         lines += episode_lines(policy.chat, envs.READABLE[cfg.env], episodes, skills=skills, condition=condition,
                                repeat=repeat)
     return outcomes, lines
@@ -214,11 +216,12 @@ def evaluate(model, options):
         raise UserError(f"--repeats is {repeats}, but must be at least 1, and 1 with --temperature 0, whose episodes "
                         "are all alike.")
     conditions = [name for name in CONDITIONS if options.get("condition", "both") in (name, "both")]
-    env = sdar.make_env(cfg, first=True)
+    env = sdar.make_env(cfg, probe=True)
     tasks = sdar.evaluation_tasks(cfg, env)
-    settings = {"model": model, "evaluation_set": evaluation_set_hash(env, tasks), "conditions": conditions,
+    settings = {"model": model, "evaluation_set": evaluation_set_hash(env, tasks, cfg.env_timeout),
+                "conditions": conditions, "config": runs.storable(cfg),
                 "sampling": {"split": cfg.eval_split, "tasks": len(tasks), "repeats": repeats, "seed": cfg.seed,
-                             "temperature": cfg.eval_temperature}, "config": runs.storable(cfg)}
+                             "temperature": cfg.eval_temperature}}
     name = Path(model).absolute().name
     default = f"{model}/eval.json" if name.startswith("checkpoint-") else f"eval-{name}-{cfg.env}.json"
     out = Path(options.get("out", default))
@@ -307,8 +310,10 @@ def parse_args(argv):
     options = vars(parser.parse_args(argv))
     given = {name for name, value in options.items() if value is not None}
     for name, others in {"compare": set(), "show": {"step", "lost"}}.items():
-        if name in given and given - others - {name} or name not in given and given & others:
-            raise UserError(f"--{' and --'.join([name, *sorted(others)])} stand alone: leave every other option out.")
+        if name in given and given - others - {name}:
+            raise UserError(f"--{name} does not go with {', '.join(sorted(given - others - {name}))}: leave it out.")
+        if name not in given and given & others:
+            raise UserError(f"--{min(given & others)} needs --{name} RUN.")
     if not given & {"compare", "show", "model"}:
         raise UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-30), --compare A B, or --show RUN.")
     if options.get("retrieval") == "none":

@@ -17,7 +17,8 @@ Agg(z) is the sum over all response tokens of an optimiser step divided by their
     D, g          gap, gate             teacher's minus student's log-prob of a sampled token; its weight in (0, 1)
     H             entropy               of the student's next-token distribution
     lambda, beta  sdar_coef, gate_beta  weight of the last term, sharpness of the gate
-    c_kl, c_ent, c_inv                  kl_coef, entropy_coef, invalid_penalty
+    c_kl, c_ent   kl_coef, entropy_coef   weights of the KL term and of the entropy bonus
+    c_inv         invalid_penalty         subtracted from the advantage of an invalid turn
 
 One row is one turn: prompt ids (task, short history, observation) -> response ids.
 The last term of (5) has the gradient -lambda Agg(g grad logp): a gate-weighted likelihood of the student's own samples.
@@ -51,8 +52,8 @@ from lib.episodes import episode_lines, write_step
 from lib.models import compute
 from lib.runs import UserError, mean
 from lib.settings import Parser, add_options, changeable, changes, check_value, check_values, option
-from lib.skills import read_skills
-from lib.tasks import Task, guard, reset_env, step_env, stratified, types_of
+from lib.skills import Skills, read_skills
+from lib.tasks import Task, count_tasks, reset_env, step_env, stratified, types_of
 
 __version__ = "0.3.0"
 
@@ -200,7 +201,7 @@ class Config:
                               choices=("constant", "linear"))
     weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = option(1.0, "gradient norm clip", above=0)
-    micro_tokens: int = option(4096, "padded tokens per micro-batch, bounds its memory", at_least=1, resume=True)
+    micro_tokens: int = option(4096, "student tokens per micro-batch, with padding", at_least=1, resume=True)
     recompute: bool = option(False, "gradient checkpointing: updates are slower and need less memory", resume=True)
     seed: int = option(0, "seed of sampling and task order", at_least=-2**40, at_most=2**40)
     eval_every: int = option(10, "steps between evaluations, 0: none", group="evaluation", at_least=0, resume=True)
@@ -241,10 +242,11 @@ PRESETS = {"none": {}, "official": {
     "advantage_stats": "turn", "teacher": "rollout", "teacher_prompt": "raw", "entropy_coef": 0.001,
     "check_admissible": False}}
 
-RECIPE = ("env", "model", "preset", "method")  # what a setting's value follows from, if nobody gives it
 METHODS = {"sdar": {}, "grpo": {"sdar_coef": 0.0, "teacher": "none", "retrieval": "none"}}
 
 
+RECIPE = ("env", "model", "preset", "method")  # settings that determine the defaults of the others
+OF_ENV = {name: FIELDS[name].default for name in ("data", "human_goals", "retriever", "skills")}  # belong to one env
 TABLES = ENV_DEFAULTS | {f"tiny in {env}": row for env, row in TINY_DEFAULTS.items()}  # for --help
 
 
@@ -257,12 +259,18 @@ def defaults(env, model):
 
 def in_environment(cfg, env):
     """cfg with another environment's own tasks, skills and defaults."""
-    return dataclasses.replace(cfg, env=env, data=None, skills=None, retriever=None, **defaults(env, cfg.model))
+    return dataclasses.replace(cfg, env=env, **OF_ENV, **defaults(env, cfg.model))
 
 
 def make_config(explicit, base=None):
-    """Explicit settings, on top of base -> Config, the rest by default, preset, method. UserError if they clash."""
-    given = (base or {}) | explicit
+    """Explicit settings, on top of base -> Config, the rest by default, preset, method. UserError if they clash.
+
+    What an explicit environment, preset or method implies replaces what base says of it.
+    """
+    implied = {"env": OF_ENV, "preset": PRESETS.get(explicit.get("preset"), {}),
+               "method": METHODS.get(explicit.get("method"), {})}
+    replaced = {name for key, row in implied.items() if key in explicit for name in row}
+    given = {name: value for name, value in (base or {}).items() if name not in replaced} | explicit
     chosen = {name: given.get(name, FIELDS[name].default) for name in RECIPE}
     for name, value in chosen.items():
         check_value(FIELDS[name], value)
@@ -300,6 +308,7 @@ def idle_settings(cfg):
         (not cfg.eval_every, ("eval_split", "eval_tasks", "eval_temperature"), "--eval_every is 0"),
         (cfg.env != "webshop", ("human_goals",), f"{cfg.env} has one kind of goals"),
         (cfg.env != "search", ("retriever",), f"{cfg.env} searches nothing"),
+        (cfg.retriever, ("env_timeout",), "a retriever's searches have a deadline of their own"),
         (cfg.retrieval == "none", ("skills",), "--retrieval none shows no skills"),
     ]
     return {name: why for holds, names, why in rules if holds for name in names}
@@ -327,11 +336,11 @@ def turn_context(cfg, info, observation, past=()):
 def load_skills(cfg, task_types):
     """-> {task type: the text that cfg.retrieval shows}. Raises UserError if a file is missing."""
     if cfg.retrieval == "none":
-        return dict.fromkeys(task_types, "")
+        return Skills(dict.fromkeys(task_types, ""))
     general, by_type = read_skills(cfg.skills or runs.ROOT / "data" / "skills" / cfg.env, task_types)
     if cfg.retrieval == "full":
-        return dict.fromkeys(task_types, "\n".join([general, *by_type.values()]))
-    return {kind: f"{general}\n{text}" for kind, text in by_type.items()}
+        return Skills(dict.fromkeys(task_types, "\n".join([general, *by_type.values()])))
+    return Skills({kind: f"{general}\n{text}" for kind, text in by_type.items()})
 
 
 def render(cfg, context, skills=""):
@@ -596,12 +605,15 @@ class Running:
 
 
 def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, seed=0, doing="rollout"):
-    """Plays tasks[i] in environments[i], all side by side -> list of Episode, in the order of tasks.
+    """Plays tasks[i] in environments[i], all side by side -> list of Episode, in the order of tasks. There may be more
+    environments than tasks, but not fewer (ValueError).
 
     temperature: None for cfg.temperature, 0 for greedy. skills: None, or {task type: text} that the student sees too.
     Finished episodes stop generating. doing: what the progress bar calls it. Raises UserError naming task and action if
     an environment fails.
     """
+    if len(environments) < len(tasks):
+        raise ValueError(f"{len(tasks)} tasks need as many environments, not {len(environments)}")
     temperature = cfg.temperature if temperature is None else temperature
     running = [start_episode(cfg, task, env) for task, env in zip(tasks, environments)]
     number_episodes(running)
@@ -662,7 +674,7 @@ def record_turn(cfg, running, turn, result):
     running.observation, running.info, running.over = observation, info, terminated or truncated
     episode = running.episode
     episode.turns.append(turn)
-    episode.won, episode.score, episode.done = info["won"], info["score"], terminated
+    episode.won, episode.score, episode.done = bool(info["won"]), float(info["score"]), bool(terminated)
     episode.errors = info.get("retriever_errors", 0)
 
 
@@ -677,12 +689,12 @@ def step_all(cfg, running, turns):
         return list(pool.map(step_one, running, turns))
 
 
-def make_env(cfg, first=False):
-    """first: search once, so that a retriever that does not answer is noticed before anything else is loaded."""
+def make_env(cfg, probe=False):
+    """probe: search once, so that a retriever that does not answer is noticed before anything else is loaded."""
     chosen = {name: value for name in ("retriever", "human_goals") if (value := getattr(cfg, name))}
     try:
         env = envs.make(cfg.env, data=cfg.data, **chosen)
-        if first and cfg.retriever:
+        if probe and cfg.retriever:
             env.retriever.probe()
         return env
     except (OSError, ValueError) as error:
@@ -692,7 +704,7 @@ def make_env(cfg, first=False):
 def step_tasks(cfg, env, step):
     """Tasks of a training step, drawn by (seed, step) alone so that a resumed run sees the same; a group's episodes are
     contiguous."""
-    size = guard(Task("train", 0, 0), "counting tasks", env.num_tasks, "train")
+    size = count_tasks(env, "train")
     if size < cfg.tasks:
         raise UserError(f"--tasks {cfg.tasks} is more than the {size} training tasks of {cfg.env}: lower it.")
     ids = random.Random(f"{cfg.seed} tasks {step}").sample(range(size), cfg.tasks)
@@ -701,7 +713,7 @@ def step_tasks(cfg, env, step):
 
 def evaluation_tasks(cfg, env):
     """The fixed evaluation set: cfg.eval_tasks tasks of a split, drawn by task type and the same for every run."""
-    types = guard(Task(cfg.eval_split, 0, 0), "listing tasks", types_of, env, cfg.eval_split)
+    types = types_of(env, cfg.eval_split)
     if len(types) < cfg.eval_tasks:
         raise UserError(f"--eval_tasks {cfg.eval_tasks} is more than the {len(types)} tasks of split "
                         f"{cfg.eval_split!r}: lower it; 0 plays all.")
@@ -722,7 +734,7 @@ class Row:
 
 
 def episode_return(cfg, episode):
-    return 10.0 * (health.finite_score(episode.score, episode.task) if cfg.reward == "score" else float(episode.won))
+    return 10.0 * (episode.score if cfg.reward == "score" else float(episode.won))
 
 
 def make_rows(policy, cfg, episodes, skills):
@@ -753,8 +765,8 @@ def make_rows(policy, cfg, episodes, skills):
 def micro_batches(rows, micro_tokens, packs=True):
     """Rows -> micro-batches, each a list of shared-prefix groups: lists of rows with one (prompt, teacher prompt).
 
-    Sorted by length, so that a micro-batch has little padding; each has at most micro_tokens padded tokens, unless a
-    single group is longer. packs=False: every row is a group of its own.
+    Sorted by length, so that a micro-batch has little padding; each has at most micro_tokens padded student tokens,
+    unless a single group is longer. packs=False: every row is a group of its own.
     """
     batch = []
     for group in sorted(shared_prefix_groups(rows, micro_tokens) if packs else ([row] for row in rows), key=width):
@@ -935,7 +947,7 @@ def train(cfg, folder=None, checkpoint=None):
 
     folder, checkpoint: the run to go on with; a new run's folder is made once everything else is loaded and checked.
     """
-    env = make_env(cfg, first=True)
+    env = make_env(cfg, probe=True)
     count = max(len(step_tasks(cfg, env, 0)), len(evaluation_tasks(cfg, env)) if cfg.eval_every else 0)
     environments = [env] + [make_env(cfg) for _ in range(count - 1)]
     skills = load_skills(cfg, env.task_types)
@@ -943,7 +955,7 @@ def train(cfg, folder=None, checkpoint=None):
     check_prompt_limit(policy, cfg, env)
     optimizer = make_optimizer(policy.model, cfg)
     if checkpoint:
-        done = runs.restore(checkpoint, optimizer, policy.ref)
+        done = runs.restore(checkpoint, optimizer, policy.ref, cfg.eval_every)
         runs.write_settings(folder, cfg)  # some may have changed
     else:
         folder, done = runs.create_run(cfg, __version__, f"{cfg.env}-{cfg.method}-{cfg.seed}"), 0
@@ -968,7 +980,7 @@ def learn(policy, optimizer, environments, skills, cfg, run):
             rows, metrics = make_rows(policy, cfg, episodes, skills)
             trained, gaps = train_step(policy, optimizer, rows, cfg, step)
             metrics |= trained | runs.episode_metrics(episodes, [episode_return(cfg, e) for e in episodes])
-            write_step(run.folder, step, cfg.episodes_every, episode_lines(
+            write_step(run.folder, step + 1, cfg.episodes_every, episode_lines(
                 policy.chat, envs.READABLE[cfg.env], episodes, skills=skills, rows=rows, gaps=gaps))
             now = time.perf_counter()
             metrics |= {"time/rollout": rolled - start, "time/update": now - rolled, "time/step": now - start,
@@ -1013,10 +1025,10 @@ def parse_args(argv):
 def command(argv):
     explicit, resume, config = parse_args(argv)
     if resume is None:
-        base = config and changes(runs.settings_in(config, Config), make_config, RECIPE)
+        base = None if config is None else changes(runs.settings_in(config, Config), make_config, RECIPE)
         return train(make_config(explicit, base))
     cfg, folder, checkpoint = runs.reopen(resume, explicit, Config, changeable(Config))
-    validate(cfg)
+    validate(cfg, explicit)
     if not runs.is_finished(cfg, folder, checkpoint):
         train(cfg, folder, checkpoint)
 

@@ -23,8 +23,8 @@ def episode_lines(chat, readable, episodes, *, skills=None, rows=(), gaps=(), **
     for episode in episodes:
         turns = [turn_entry(chat, readable, turn, next(rows, None), gaps) for turn in episode.turns]
         whole = {"split": episode.task.split, "task_id": episode.task.task_id, "task_type": episode.task_type,
-                 "task": episode.turns[0].context.task, "won": bool(episode.won), "score": float(episode.score),
-                 "done": bool(episode.done), "skills": skills[episode.task_type] if skills else "", "turns": turns}
+                 "task": episode.turns[0].context.task, "won": episode.won, "score": episode.score,
+                 "done": episode.done, "skills": skills[episode.task_type] if skills else "", "turns": turns}
         yield to_json(more | whole) + "\n"  # in ASCII: a lone surrogate could not be written otherwise
 
 
@@ -55,12 +55,12 @@ def steps_written(run):
 
 
 def write_step(run, step, every, lines):
-    """Writes the episodes of a step. Those of the last step are always there, of the others every so many steps."""
+    """Writes the episodes of a step, 1, 2, ..: the first and every so many stay, and those of the last step."""
     path = step_file(run, step)
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(lines)
-    if (step - 1) % every:
+    if (step - 2) % every and step > 1:  # whether the one before was there as the last only
         step_file(run, step - 1).unlink(missing_ok=True)
 
 

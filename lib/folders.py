@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from lib.checkpoints import checkpoints, is_checkpoint, load_state, newest_intact, recover, sealed, step_of
+from lib.episodes import step_file, steps_written
 from lib.program import AT_END, UserError, optional, to_json, without_password
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -265,30 +265,36 @@ def is_finished(cfg, run, checkpoint):
         entry["step"] == done and "eval/success" in entry for _, entry in read_lines(run / "metrics.jsonl"))
     if done < cfg.steps or not evaluated:
         return False
+    rate = " (a linear --lr_schedule then falls to 0 at the new end)" * (getattr(cfg, "lr_schedule", "") == "linear")
     print(f"{run} is finished ({done} steps): go on with it by --resume {shlex.quote(str(run))} --steps {done + 10} or "
-          f"more, or evaluate it: python eval.py {shlex.quote(str(checkpoint))}")
+          f"more{rate}, or evaluate it: python eval.py {shlex.quote(str(checkpoint))}")
     return True
 
 
-def restore(checkpoint, optimizer, ref=None):
-    """Loads the optimiser's state, and ref's weights from checkpoint-0 -> steps done. Later steps are set aside."""
+def restore(checkpoint, optimizer, ref=None, eval_every=0):
+    """Loads the optimiser's state, and ref's weights from checkpoint-0 -> steps done. Later steps are set aside.
+
+    eval_every: of the run that goes on, which plays an evaluation that is due now again.
+    """
     done = load_state(checkpoint, optimizer, ref)
     set_aside(checkpoint.parent, done)
-    trim_metrics(checkpoint.parent, done)
+    trim_metrics(checkpoint.parent, done, eval_every and done % eval_every == 0)
     return done
 
 
 def set_aside(run, step):
     """Moves checkpoints and episodes of later steps, and a copy of the log, to a folder of their own, and says so."""
     later = [checkpoint for checkpoint in checkpoints(run) if step_of(checkpoint) > step]
+    dumps = [step_file(run, number) for number in steps_written(run) if number > step]
     if not later:
+        for dump in dumps:  # of steps that are trained anew
+            dump.unlink()
         return
     aside = next(path for path in map(run.joinpath, map("set-aside-{}".format, itertools.count(1)))
                  if not path.exists())
     (aside / "episodes").mkdir(parents=True)
-    for dump in (run / "episodes").glob("step-*.jsonl"):
-        if int(re.sub(r"\D", "", dump.stem) or 0) >= step:
-            dump.rename(aside / "episodes" / dump.name)
+    for dump in dumps:
+        dump.rename(aside / "episodes" / dump.name)
     if (run / "metrics.jsonl").exists():
         shutil.copy2(run / "metrics.jsonl", aside)
     for checkpoint in later:
@@ -296,12 +302,14 @@ def set_aside(run, step):
     print(f"going on from step {step}; what the run had of later steps is kept in {aside}")
 
 
-def trim_metrics(run, step):
-    """Drops the lines that a killed run wrote after its last checkpoint, and those that are no metrics or torn."""
+def trim_metrics(run, step, again=False):
+    """Drops the lines that a killed run wrote after its last checkpoint, and those that are not metrics or torn.
+
+    again: whether the evaluation after this step, which comes after its checkpoint, is played once more.
+    """
     path, hidden = run / "metrics.jsonl", run / ".metrics.jsonl.tmp"
-    # an evaluation comes after its step's checkpoint: where one is due, the resumed run plays it again
     kept = [line + "\n" for line, entry in read_lines(path)
-            if entry["step"] < step or entry["step"] == step and "eval/success" not in entry]
+            if entry["step"] < step or entry["step"] == step and not (again and "eval/success" in entry)]
     hidden.write_text("".join(kept), encoding="utf-8")
     hidden.rename(path)
 

@@ -115,11 +115,3 @@ def check_finite(norm, model, metrics):
     else:
         cause = "it overflows in the backward pass: lower --lr, or use --dtype float32"
     raise UserError(f"The gradient norm is {norm}, since {cause}. This step changed nothing.")
-
-
-def finite_score(score, task):
-    """score. Raises UserError, naming the task, if it is no finite number."""
-    if isinstance(score, int | float) and math.isfinite(score):
-        return score
-    raise UserError(f"The environment's score of task {task.task_id} of split {task.split!r} is {score!r}, but must be "
-                    "a finite number.")

@@ -27,12 +27,16 @@ def choose_device(name):
 
 
 def is_bundled(model):
-    """Whether a --model is the bundled one: "tiny", its folder, or what tools.clone has made of it."""
+    """Whether a --model is the bundled one: "tiny", its folder, or what training or cloning has made of it."""
     try:
         files = [folder / "clone.json" for folder in (Path(model), Path(model).parent)]
         stored = [json.loads(path.read_text()) for path in files if path.is_file()]
-        return model == "tiny" or Path(model).resolve() == TINY or any(one.get("bundled") is True for one in stored)
-    except (OSError, ValueError, AttributeError, RecursionError):  # what is wrong with the folder is said when it loads
+        if model == "tiny" or Path(model).resolve() == TINY or any(one.get("bundled") is True for one in stored):
+            return True
+        made_by = Path(model) / "run.json"  # a checkpoint: of a run that began with another model
+        before = json.loads(made_by.read_text())["settings"].get("model", model) if made_by.is_file() else model
+        return before != model and is_bundled(before)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):  # said when it loads
         return False
 
 

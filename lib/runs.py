@@ -326,7 +326,7 @@ def draw_curve(run, cfg):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     entries = [entry for _, entry in read_lines(run / "metrics.jsonl")]
-    tasks = f"{cfg.eval_tasks} evaluation tasks"
+    tasks = f"{cfg.eval_tasks or 'all'} tasks of {cfg.eval_split}"
     curves = {"reward/success": (f"training rollouts, T={cfg.temperature:g}", dict(color="0.75", lw=1)),
               "eval/success": (f"{tasks}, T={cfg.eval_temperature:g}", dict(color="C0", marker="o")),
               "eval/greedy_success": (f"{tasks}, greedy", dict(color="C1", marker="s"))}

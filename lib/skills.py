@@ -5,6 +5,14 @@ from pathlib import Path
 from lib.runs import UserError, first_sentence
 
 
+class Skills(dict):
+    """{task type: text}; asking for another type is a UserError."""
+
+    def __missing__(self, kind):
+        raise UserError(f"The environment reports the task type {kind!r:.100}, which is not among its task_types "
+                        f"({', '.join(self)}), so that no skills are known for it.")
+
+
 def read_skills(folder, task_types):
     """A folder of general.md and a Markdown file per task type -> (general text, {task type: text}).
 

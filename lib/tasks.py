@@ -23,6 +23,7 @@ from lib.runs import UserError, first_sentence
 TRUTH = (bool, np.bool_)
 INFO = {"task": str, "task_type": str, "admissible": (list, tuple, type(None)), "valid": TRUTH, "won": TRUTH,
         "score": Real}  # what rollouts read of an environment's info, and its types
+NAMES = {str: "str", TRUTH: "bool", Real: "float", INFO["admissible"]: "list or None"}
 
 
 class Task(NamedTuple):
@@ -55,17 +56,33 @@ def stratified(types, count):
 
 def types_of(env, split):
     """The task type of each of a split's tasks; "" for all where an environment can only count them."""
-    return env.types_of(split) if hasattr(env, "types_of") else [""] * env.num_tasks(split)
+    if hasattr(env, "types_of"):
+        return listed(env.types_of, split)
+    return [""] * count_tasks(env, split)
 
 
-def evaluation_set_hash(env, tasks):
+def count_tasks(env, split):
+    """The number of a split's tasks."""
+    return listed(env.num_tasks, split) if hasattr(env, "num_tasks") else len(types_of(env, split))
+
+
+def listed(call, split):
+    """call(split). Raises UserError for whatever the environment raises, as for a split that it does not have."""
+    try:
+        return call(split)
+    except (Exception, SystemExit) as error:
+        name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise UserError(f"The tasks of split {split!r} cannot be listed: {name}{first_sentence(error)}") from error
+
+
+def evaluation_set_hash(env, tasks, seconds=0.0):
     """SHA-256 (hex) over split, id, instruction and goal of every task: equal exactly if the tasks are.
 
     Resets env to each task. The goal is env.goal, or None where the environment has no such attribute.
     """
     entries = []
     for task in tasks:
-        _, info = guard(task, "reset", env.reset, options={"split": task.split, "task_id": task.task_id})
+        _, info = reset_env(env, task, seconds)
         entries.append([task.split, task.task_id, info["task"], getattr(env, "goal", None)])
     return hashlib.sha256(json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -146,8 +163,10 @@ def checked(answer, size):
         raise BadAnswer(f"observation and info are {type(observation).__name__} and {type(info).__name__} instead of "
                         "str and dict")
     for name, kind in INFO.items():
-        if name not in info or not isinstance(info[name], kind):
-            raise BadAnswer(f"info[{name!r}] is {info.get(name, 'missing')!r:.100}")
+        if name not in info:
+            raise BadAnswer(f"its info has no {name!r}")
+        if not isinstance(info[name], kind):
+            raise BadAnswer(f"info[{name!r}] is {info[name]!r:.100}, which is not of type {NAMES[kind]}")
     reward, *ended = middle or [0.0]
     for name, value in {"score": info["score"], "reward": reward}.items():
         if not isinstance(value, Real) or not math.isfinite(value):

@@ -87,7 +87,8 @@ def test_the_hash_changes_with_every_part_of_a_task():
         class Shop:
             def reset(self, options):
                 self.goal = goals[options["task_id"]]
-                return "", {"task": self.goal["text"]}
+                return "", {"task": self.goal["text"], "task_type": "", "admissible": None, "valid": True, "won": False,
+                            "score": 0.0}
 
         return evaluation.evaluation_set_hash(Shop(), [sdar.Task(split, i, i) for i in range(len(goals))])
 
@@ -158,8 +159,8 @@ def run_folder(model_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("argv, why", [
-    ((), "Give a model"), (("tiny", "--compare", "a", "b"), "stand alone"),
-    (("--compare", "a", "b", "--seed", "1"), "stand alone"), (("tiny", "--repeats", "0"), "--repeats"),
+    ((), "Give a model"), (("tiny", "--compare", "a", "b"), "does not go with model"),
+    (("--compare", "a", "b", "--seed", "1"), "does not go with seed"), (("tiny", "--repeats", "0"), "--repeats"),
     (("tiny", "--repeats", "2", "--temperature", "0"), "--repeats"), (("tiny", "--temperature", "-1"), "temperature"),
     (("tiny", "--tasks", "1000000"), "tasks"), (("tiny", "--retrieval", "none"), "--condition without"),
     (("tiny", "--tasks", "2", "--split", "moon"), "moon"), (("./nowhere",), "nowhere"),
@@ -229,16 +230,16 @@ def test_episodes_can_be_read_turn_by_turn_as_the_model_saw_them(model_folder, t
     assert capsys.readouterr().out.count("--- episode") == sum(not e["won"] for e in played) < text.count("--- episode")
     run = tmp_path / "run"
     assert sdar.main(flags(model_folder, run, steps=4, episodes_every=2)) == 0
-    assert sorted(path.name for path in (run / "episodes").iterdir()) == [f"step-0000{n}.jsonl" for n in (0, 2, 3)]
+    assert sorted(path.name for path in (run / "episodes").iterdir()) == [f"step-0000{n}.jsonl" for n in (1, 3, 4)]
     capsys.readouterr()
-    shown = [evaluation.main(["--show", str(run), *step]) or capsys.readouterr().out for step in ([], ["--step", "3"])]
+    shown = [evaluation.main(["--show", str(run), *step]) or capsys.readouterr().out for step in ([], ["--step", "4"])]
     assert shown[0] == shown[1] and "mean gap" in shown[0]
-    trained = json.loads((run / "episodes" / "step-00003.jsonl").read_text().splitlines()[0])
+    trained = json.loads((run / "episodes" / "step-00004.jsonl").read_text().splitlines()[0])
     assert trained["skills"] and trained["turns"][0]["gap"]
-    for argv, why in [(["--show", str(run), "--step", "77"], "no episodes of step 77; it has those of 0, 2, 3"),
+    for argv, why in [(["--show", str(run), "--step", "77"], "no episodes of step 77; it has those of 1, 3, 4"),
                       (["--show", "nowhere"], "nowhere"), (["--show", str(out), "--step", "1"], "is a file"),
                       (["--show", str(run / "metrics.jsonl")], "is not a file of episodes"),
-                      (["tiny", "--lost"], "stand alone"), (["tiny", "--show", "x"], "stand alone")]:
+                      (["tiny", "--lost"], "--lost needs --show"), (["tiny", "--show", "x"], "does not go with model")]:
         refused(evaluation.main, argv, why, capsys)
 
 

@@ -19,7 +19,7 @@ import envs
 import sdar
 from conftest import (
     CORPUS, QUESTIONS, assert_same_run, config, flags, interrupt_in, lines_of, refused, same, weights_of, written)
-from lib import retrieval, runs
+from lib import models, retrieval, runs
 from lib.advice import advice
 
 
@@ -40,7 +40,7 @@ def test_a_run_folder_holds_config_metrics_curve_episodes_and_loadable_checkpoin
     assert [(e["step"], "eval/success" in e) for e in lines] == [
         (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
     assert {"reward/success", "grpo/loss", "sdar/gap", "sdar/gate", "kl/loss", "rollout/turns"} <= lines[1].keys()
-    episodes = [json.loads(line) for line in (straight / "episodes" / "step-00000.jsonl").read_text().splitlines()]
+    episodes = [json.loads(line) for line in (straight / "episodes" / "step-00001.jsonl").read_text().splitlines()]
     assert len(episodes) == 4 and all(len(episode["turns"]) == 3 for episode in episodes)
     for turn in [turn for episode in episodes for turn in episode["turns"]]:
         assert len(turn["tokens"]) == len(turn["gap"]) == len(turn["gate"]) == len(turn["logp"])
@@ -243,6 +243,18 @@ def test_bad_input_is_one_sentence_that_names_the_culprit(name, model_folder, tm
     changes, culprit = BAD_INPUT[name](tmp_path, model_folder)
     refused(sdar.main, flags(model_folder, tmp_path / "run", **changes), culprit, capsys)
     assert not (tmp_path / "run").exists()  # so that the corrected command can use the folder
+
+
+def test_a_longer_run_keeps_the_evaluation_at_the_old_end_and_idle_flags_are_refused(model_folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert sdar.main(flags(model_folder, run, steps=3)) == 0 and models.is_bundled(run / "checkpoint-3") is False
+    assert sdar.main(["--resume", str(run), "--steps", "4"]) == 0
+    assert [e["step"] for e in lines_of(run) if "eval/success" in e] == [0, 2, 3, 4]
+    refused(sdar.main, ["--resume", str(run), "--retriever", "http://h:1"], "--retriever would do nothing", capsys)
+    stored = json.loads((run / "checkpoint-4" / "run.json").read_text())
+    stored["settings"]["model"] = "tiny"
+    (run / "checkpoint-4" / "run.json").write_text(json.dumps(stored))
+    assert models.is_bundled(run / "checkpoint-4")  # what training makes of the bundled model keeps its defaults
 
 
 def test_a_run_that_learns_nothing_says_why_and_what_to_do():

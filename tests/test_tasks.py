@@ -8,6 +8,7 @@ import random
 import re
 import sys
 import time
+import types
 from operator import itemgetter
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 import envs
 import sdar
 from conftest import config
-from lib import experts, generated, retrieval, tasks
+from lib import experts, generated, retrieval, settings, tasks
 from lib.official import ALFWORLD_SPLITS, ALFWORLD_TYPES, APPLIANCES, is_true
 
 CASES = json.loads(Path(__file__).with_name("cases.json").read_text(encoding="utf-8"))
@@ -142,7 +143,7 @@ def info(**changes):
     (lambda: None, "it returned None instead of a tuple of 5 values"), (lambda: ANSWER, "instead of a tuple of 5"),
     (lambda: (b"page", *info()[1:]), "observation and info are bytes and dict"),
     (lambda: (*info()[:4], [1]), "observation and info are str and list"),
-    (lambda: info(won=...), r"info\['won'\] is 'missing'"), (lambda: info(valid="yes"), r"info\['valid'\] is 'yes'"),
+    (lambda: info(won=...), "its info has no 'won'"), (lambda: info(valid="yes"), "is 'yes', which is not of"),
     (lambda: info(task=None), r"info\['task'\] is None"), (lambda: info(admissible="look"), "'admissible'"),
     (lambda: info(score=math.nan), "the score is nan instead of a finite number"),
     (lambda: ("page", math.inf, *info()[2:]), "the reward is inf"), (lambda: ("page", "1", *info()[2:]), "the reward"),
@@ -160,6 +161,32 @@ def test_an_answer_of_the_right_types_is_taken_as_it_is_numpys_included(policy, 
     monkeypatch.setattr(Odd, "act", staticmethod(lambda: right))
     episode, = sdar.rollout(policy, [Odd()], [sdar.Task("train", 7, 0)], config(env_timeout=0.0))
     assert (episode.won, episode.score, episode.done, len(episode.turns)) == (True, 1, False, 1)
+    assert [type(value) for value in (episode.won, episode.score, episode.done)] == [bool, float, bool]
+    with pytest.raises(ValueError, match="2 tasks need as many environments, not 1"):
+        sdar.rollout(policy, [Odd()], [sdar.Task("train", 7, 0)] * 2, config())
+
+
+def test_splits_and_task_types_that_are_not_there_are_a_sentence():
+    with pytest.raises(sdar.UserError, match="split 'moon' cannot be listed: WebShop has no split 'moon'"):
+        sdar.evaluation_tasks(config(eval_split="moon"), envs.make("webshop"))
+    counted = types.SimpleNamespace(num_tasks=lambda split: 3)
+    listed = types.SimpleNamespace(types_of=lambda split: "aab")
+    assert tasks.types_of(counted, "val") == [""] * 3 and tasks.count_tasks(listed, "val") == 3
+    skills = sdar.load_skills(config(retrieval="none"), ("a", "b"))
+    with pytest.raises(sdar.UserError, match="task type 'c', which is not among its task_types .a, b."):
+        skills["c"]
+
+
+def test_what_belongs_to_another_environment_or_method_is_not_carried_over():
+    human = sdar.make_config({"human_goals": True, "teacher": "rollout", "sdar_coef": 0.1})
+    base = settings.changes(human, sdar.make_config, sdar.RECIPE)
+    assert sdar.make_config({}, base) == human
+    grpo = sdar.make_config({"method": "grpo"}, base)
+    assert (grpo.teacher, grpo.sdar_coef, grpo.retrieval, grpo.human_goals) == ("none", 0.0, "none", True)
+    assert sdar.make_config({"preset": "official"}, base).teacher == "rollout"
+    searching = sdar.make_config({"env": "search"}, base)
+    assert not searching.human_goals and searching.teacher == "rollout"
+    assert not sdar.in_environment(human, "alfworld").human_goals
 
 
 def test_validation_asks_for_products_that_neither_training_nor_the_bundled_models_cloning_has_seen():

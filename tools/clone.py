@@ -25,6 +25,7 @@ import sdar
 from lib import experts, models, runs
 from lib.runs import UserError
 from lib.settings import Parser, add_options, changeable, check_values, option
+from lib.tasks import count_tasks, guard, reset_env, step_env
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Source(NamedTuple):
 
 
 def make_source(cfg):
-    env = sdar.make_env(cfg, first=True)
+    env = sdar.make_env(cfg, probe=True)
     return Source(cfg, env, sdar.load_skills(cfg, env.task_types))
 
 
@@ -102,14 +103,14 @@ def demonstrated_turns(source, rng, noise=0.15, most=4):
     """
     cfg, env, skills = source
     weak = rng.random() < cfg.weak
-    size = sdar.guard(sdar.Task("train", 0, 0), "counting tasks", env.num_tasks, "train")
+    size = count_tasks(env, "train")
     task = sdar.Task("train", rng.randrange(size), 0)
-    observation, info = sdar.guard(task, "reset", env.reset, options={"split": task.split, "task_id": task.task_id})
+    observation, info = reset_env(env, task)
     text = skills[info["task_type"]] if cfg.weak and not weak else ""
     turns, past, over = [], [], False
     while not over:
         context = sdar.turn_context(cfg, info, observation, past)
-        thought, action = sdar.guard(task, "demonstration", env.demonstrate, rng, weak)
+        thought, action = guard(task, "demonstration", env.demonstrate, rng, weak)
         if rng.random() < noise:
             again = past[-1][1] if past else action
             beyond = re.sub(r"\d+$", lambda number: str(int(number[0]) + 1), action)  # "go to shelf 3", if there is one
@@ -119,7 +120,7 @@ def demonstrated_turns(source, rng, noise=0.15, most=4):
             turns.append((context, text, thought, action))
         over = past[-1:] == [(observation, action)]  # a player that repeats itself has given up, and would fill a batch
         past.append((observation, action))
-        observation, _, terminated, truncated, info = sdar.guard(task, f"action {action!r}", env.step, action)
+        observation, _, terminated, truncated, info = step_env(env, task, action, len(past) + 1)
         over |= terminated or truncated
     return rng.sample(turns, min(most, len(turns)))
 
