@@ -53,7 +53,7 @@ from lib.models import compute
 from lib.runs import UserError, mean
 from lib.settings import Parser, add_options, changeable, changes, check_value, check_values, option
 from lib.skills import Skills, read_skills
-from lib.tasks import Task, count_tasks, reset_env, step_env, stratified, types_of
+from lib.tasks import Task, count_tasks, evaluation_set_hash, reset_env, step_env, stratified, types_of
 
 __version__ = "0.3.0"
 
@@ -962,6 +962,9 @@ def train(cfg, folder=None, checkpoint=None):
     head = policy.model.get_output_embeddings().weight
     print(runs.headline(cfg, folder, policy, kernels.choose_backend("auto", head, head)) +
           health.forecast(cfg, folder, policy), flush=True)
+    if cfg.eval_every:
+        digest = evaluation_set_hash(env, evaluation_tasks(cfg, env), cfg.env_timeout)
+        print(f"evaluation set {digest[:12]}, of split {cfg.eval_split}", flush=True)
     with runs.Run(folder, policy.model, policy.chat.tokenizer, optimizer, cfg, done, "python sdar.py") as run:
         learn(policy, optimizer, environments, skills, cfg, run)
     print(runs.farewell(folder))
