@@ -16,7 +16,7 @@ import torch
 import eval as evaluation
 import sdar
 from conftest import assert_same_run, config, flags, lines_of, refused
-from lib import checkpoints, health, program, retrieval, runs, settings
+from lib import checkpoints, folders, health, program, retrieval, runs, settings
 from tools import faults
 
 
@@ -292,8 +292,8 @@ def test_a_new_run_has_the_settings_of_another_and_flags_on_top(run, straight, t
     new = json.loads((tmp_path / "runs" / "webshop-sdar-0" / "config.json").read_text())
     old = json.loads((run / "config.json").read_text())
     assert {name for name in old if old[name] != new[name]} == {"out", "steps"}
-    stored = runs.settings_in(run / "config.json", sdar.Config)
-    base = settings.changes(stored, sdar.make_config, sdar.RECIPE)
+    stored = folders.settings_in(run / "config.json", sdar.Config)
+    base = settings.set_by_hand(stored, sdar.make_config, sdar.RECIPE)
     assert sdar.make_config({}, base | {"out": stored.out}) == stored
     grpo = sdar.make_config({"method": "grpo"}, base)  # what a method implies comes with it
     assert (grpo.teacher, grpo.sdar_coef, grpo.lr) == ("none", 0.0, stored.lr)

@@ -19,7 +19,7 @@ import envs
 import sdar
 from conftest import (
     CORPUS, QUESTIONS, assert_same_run, config, flags, interrupt_in, lines_of, refused, same, weights_of, written)
-from lib import retrieval, runs
+from lib import folders, retrieval, runs
 from lib.advice import advice
 
 
@@ -195,7 +195,7 @@ def test_settings_come_from_defaults_environment_model_preset_method_and_user_an
         assert sdar.in_environment(home, "search") == away and sdar.in_environment(away, "webshop") == home
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(3) as pool:  # at once, as three programs may
-        made = pool.map(lambda _: runs.create_run(sdar.make_config({"seed": 3}), "v", "webshop-sdar-3"), range(3))
+        made = pool.map(lambda _: folders.create_run(sdar.make_config({"seed": 3}), "v", "webshop-sdar-3"), range(3))
         assert sorted(map(str, made)) == [f"runs/webshop-sdar-3{number}" for number in ("", "-2", "-3")]
 
 
