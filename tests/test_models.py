@@ -224,8 +224,15 @@ def test_a_head_that_is_more_than_a_matrix_is_refused(kind, words, dtype, policy
     autocast = dtype == "bfloat16"
     with pytest.raises(sdar.UserError, match=words):
         sdar.check_model(dataclasses.replace(policy, model=model, autocast=autocast), config())
-    with pytest.raises(sdar.UserError, match="weights have diverged"):
-        models.draw_tokens(torch.full((1, 3), math.nan), 1.0, None)
+
+
+@pytest.mark.parametrize("temperature, cause", [
+    (1.0, "weights have diverged"), (0, "weights have diverged"), (1e-39, "temperature 1e-39 is too small")])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_no_token_is_drawn_from_log_probs_that_are_not_finite(temperature, cause, broken):
+    with pytest.raises(sdar.UserError, match=cause):
+        models.draw_tokens(torch.tensor([[-0.1, -2.0], [broken, broken]]), temperature, None)
+    assert models.draw_tokens(torch.tensor([[-math.inf, 0.0]]), 0, None).tolist() == [[1]]
 
 
 def test_the_committed_table_of_architectures_has_no_silent_error():
