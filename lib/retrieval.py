@@ -317,8 +317,12 @@ class Retriever:
         self.key = None                  # of the query in a request, once one has worked
 
     def probe(self):
-        """Searches once and forgets the answer, so that a server that is not there is noticed before it is needed."""
-        self("probe", 1)
+        """Searches once and forgets the answer, so that a server that is not there is noticed before it is needed.
+        Raises ConnectionError and ValueError, with a sentence on what to do."""
+        try:
+            self("probe", 1)
+        except (ConnectionError, ValueError) as error:
+            raise type(error)(f"The retriever does not work ({error}): start it, or give another address.") from error
 
     def __call__(self, query, topk):
         deadline = time.monotonic() + self.timeout
