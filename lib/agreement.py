@@ -36,13 +36,13 @@ def check_model(policy, name, longest, sample, score):
     tried = max(map(len, prompts)) + RESPONSE
     check_lengths(text_config(policy.model), name, longest, tried)
     exact = dataclasses.replace(policy, autocast=False, stop_ids=frozenset(range(0, vocabulary(policy), RESPONSE)))
-    temperature = or_refuse(name, "its own forward pass", logit_std, exact, policy.chat.prompt("Find a red lamp."))
-    responses = or_refuse(name, "sampling", sample, exact, prompts * 2, RESPONSE, temperature)
+    temperature = call_or_refuse(name, "its own forward pass", logit_std, exact, policy.chat.prompt("Find a red lamp."))
+    responses = call_or_refuse(name, "sampling", sample, exact, prompts * 2, RESPONSE, temperature)
     groups = [responses[0::2], responses[1::2]]  # siblings leave the batch at different times; the last is scored alone
     ids, last = [[response.ids for response in group] for group in groups], [[group[-1].ids] for group in groups]
-    own = or_refuse(name, "its own forward pass", own_logp, exact, prompts, last, temperature)
+    own = call_or_refuse(name, "its own forward pass", own_logp, exact, prompts, last, temperature)
     sampled = torch.tensor([x for group in groups for x in group[-1].logp], device=own.device)
-    alone = or_refuse(name, "training", score, exact, prompts, last, temperature)
+    alone = call_or_refuse(name, "training", score, exact, prompts, last, temperature)
     for doing, logp in (("sampling", sampled), ("training", alone)):
         if not largest(logp - own) < LIMIT:
             raise UserError(f"{name} is not supported: log-probs in {doing} differ from the model's own by "
@@ -56,8 +56,9 @@ def check_model(policy, name, longest, sample, score):
                       "mask that packs the responses to one prompt into one sequence, as far as a trial could tell.",
                       RuntimeWarning, stacklevel=2)
     if policy.autocast:
-        logp = or_refuse(name, "training in bf16", score, policy, prompts, last, temperature)
-        check_rounding(name, logp - own, or_refuse(name, "bf16", own_logp, policy, prompts, last, temperature) - own)
+        logp = call_or_refuse(name, "training in bf16", score, policy, prompts, last, temperature)
+        rounded = call_or_refuse(name, "bf16", own_logp, policy, prompts, last, temperature)
+        check_rounding(name, logp - own, rounded - own)
     return largest(logp - own), packs
 
 
@@ -69,7 +70,7 @@ SUSPECTS = {"sampling": "so it does not take padding on the left, or its cache i
             "training": "so its head is more than a matrix (bias, soft-cap, scaling)"}
 
 
-def or_refuse(name, doing, call, *args):
+def call_or_refuse(name, doing, call, *args):
     """call(*args). Raises UserError, in one sentence, for whatever a model's code raises."""
     try:
         with torch.no_grad():

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from lib.program import UserError
 # --------------------------------------------------------------------------------------------------- memory and disk
 
 def forecast(cfg, folder, policy):
-    """Parameters, memory by part and disk of a run that is about to start, and warnings -> lines of text.
+    """Parameters, memory by part and disk of a run that is about to start -> lines of text. Warns if either is short.
 
     For the bundled model, which is small: "".
     """
@@ -29,11 +30,12 @@ def forecast(cfg, folder, policy):
     lines.append(f"disk {gigabytes(disk)} per checkpoint, {gigabytes(files)} in all with --keep {cfg.keep}, of "
                  f"{gigabytes(free)} free")
     if total > there:
-        lines.append(f"warning: that may be more memory than the {gigabytes(there)} there are: lower --rollout_batch, "
-                     "--micro_tokens or --max_prompt_tokens, or set --recompute.")
+        warnings.warn(f"The run may take more memory ({gigabytes(total)}) than there is ({gigabytes(there)}): lower "
+                      "--rollout_batch, --micro_tokens or --max_prompt_tokens, or set --recompute.", RuntimeWarning,
+                      stacklevel=2)
     if files > free:
-        lines.append(f"warning: the disk of {folder} has too little room for that: lower --keep, or choose another "
-                     "with --out.")
+        warnings.warn(f"The disk of {folder} has too little room for the run's {gigabytes(files)}: lower --keep, or "
+                      "choose another with --out.", RuntimeWarning, stacklevel=2)
     return "\n".join(lines)
 
 
