@@ -34,7 +34,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import envs
-from lib import catalogue, experts, retrieval, server
+from lib import catalogue, experts, program, retrieval, server
 from lib import official as data
 from lib.generated import bundled_corpus
 
@@ -158,7 +158,8 @@ def test_answers_are_split_and_compared_prompts_show_what_is_given_and_examples_
         assert json.loads(json.dumps(result)) == expected, (function, arguments)
     for name, texts in CASES["invalid answers"].items():
         assert {text: envs.parse_action(name, text) for text in texts} == dict.fromkeys(texts, ("", False))
-    assert doctest.testmod(envs).failed == 0 < doctest.testmod(envs).attempted
+    for module in (envs, program):
+        assert doctest.testmod(module).failed == 0 < doctest.testmod(module).attempted
 
 
 @each
