@@ -60,8 +60,11 @@ from lib.spaces import AnyText
 # ---------------------------------------------------------------------------------------------------------------------
 
 class TextEnv(gymnasium.Env):
-    """Spaces, checks of calls and scripted players. Subclasses set the attributes below, and have `types_of`: split ->
-    the `task_type` of each of its tasks, in the order of their numbers."""
+    """Spaces, checks of calls and scripted players.
+
+    Subclasses set the attributes below and define two methods: `types_of`, split -> the `task_type` of each of its
+    tasks in the order of their numbers, and `_observe`, () -> the current observation, which `render` shows.
+    """
     metadata = {"render_modes": ["ansi"], "render_fps": 1}
     label = example = ""                 # the environment's name and an action, for errors
     player: Callable                     # (env, rng or None) -> (thought, action), see lib/experts.py
@@ -151,7 +154,7 @@ def last_steps(history, shown):
 def read_answer(text, kinds, tags):
     """An answer -> (kind, what it says) if it is one closed thought, then one block <kind>..</kind>, and nothing else.
 
-    kinds: of blocks that are allowed. A block is not blank and holds none of `tags`; a thought may say what it likes
+    kinds: of blocks that are allowed. A block is not blank and holds none of `tags`; a thought may hold any text
     about actions. ("", "") for every other answer.
     """
     block = rf"(?i:<(?P<kind>{'|'.join(kinds)})>(?P<inner>((?!</?({'|'.join(tags)})>).)*)</(?P=kind)>)"
@@ -246,7 +249,7 @@ def parse_webshop(text, *, official=False):
     (('', False), ('click[buy now]', False))
     """
     action, valid = parse_tagged(text, 20, official)
-    blank = not official and re.fullmatch(r"search\[\s*\]", action)  # it would turn the page, as in the original
+    blank = not official and re.fullmatch(r"search\[\s*\]", action)  # it would open an empty results page
     return ("", False) if blank else (action, valid)
 
 
@@ -511,7 +514,7 @@ class WebShop(TextEnv):
         self.shop, own_nouns = load_shop(*source)
         self.products = self.shop.products
         self.price, self.goals = load_goals(*source, seed, shuffle_seed)
-        self.search, self.draws_random = search or load_search(*source), search is None
+        self.search, self.own_search = search or load_search(*source), search is None
         self.nouns = nouns or own_nouns
         self.observation_mode, self.show_attrs = observation_mode, bool(show_attrs)
         self.splits = split_goals(self.goals, self.shop.held_out)
@@ -551,8 +554,8 @@ class WebShop(TextEnv):
             self._show_results(argument, 1)
             valid = True
         elif name == "click" and argument is not None:
-            label = next((label for label in self.clickables if nfc(label) == nfc(argument)), "search")
-            if label != "search":        # which is refused
+            label = next((label for label in self.clickables if nfc(label) == nfc(argument)), None)
+            if label not in (None, "search"):        # the latter is a label, and refused when clicked
                 score, valid = self._click(label), True
         self.steps += 1
         bought = valid and self.page == "done"
@@ -615,7 +618,7 @@ class WebShop(TextEnv):
     def _rank(self, query):
         """The asins for a query: "<r>" random ones, "<c> word" a category, "<q> words" a query, else a search."""
         mark, *words = query.split(" ")
-        if mark == "<r>" and self.draws_random:
+        if mark == "<r>" and self.own_search:
             return self.shop.asins[self.np_random.permutation(len(self.products))[:HITS]].tolist()
         if mark == "<c>":                # without a word, and for "<a>", the original raises; here nothing is found
             return self.shop.where("category", words[0]) if words else []
@@ -623,7 +626,7 @@ class WebShop(TextEnv):
             return self.shop.where("query", " ".join(words).strip())
         if mark == "<a>":
             return []
-        return [asin for asin in self.search(query) if self.draws_random or asin in self.products][:HITS]
+        return [asin for asin in self.search(query) if self.own_search or asin in self.products][:HITS]
 
     def _show(self, page, score=None):
         self.page = page
@@ -675,7 +678,7 @@ class WebShop(TextEnv):
     def types_of(self, split):
         return [self.goals[number]["category"] for number in self.splits[self.check_split(split, self.splits)]]
 
-    def num_tasks(self, split):
+    def num_tasks(self, split):          # without a goal being read for its type: there may be a million
         return len(self.splits[self.check_split(split, self.splits)])
 
 
@@ -844,8 +847,9 @@ def look_text(game, facts, first=False):
     place = place_of(game, facts)
     here = game.receptacles.get(place)
     if here:
-        # The original lists what is here and is known not to be in a receptacle here. It knows so of those alone out of
-        # which an object was taken, so that one now in a receptacle beside them is listed, for each of them once.
+        # The original lists what is here and recorded as not in a receptacle here. The engine records "not in
+        # receptacle" only when an object is taken out of one, so an object that has moved to another one beside it is
+        # listed, once for each that it was taken out of.
         beside = list_names(game.names[obj] for obj in game.objects if ("objectatlocation", obj, place) in facts
                             for receptacle in here if ("not_inreceptacle", obj, receptacle) in facts)
         facing = list_names((game.names[receptacle] for receptacle in here), "")
@@ -937,12 +941,12 @@ class ALFWorld(TextEnv):
         super().reset(seed=seed)
         self.game, self.task_id = self._choose_game(self.check_options(options, alone="game"))
         self.facts, self.steps, self.last = set(self.game.initial), 0, None
-        self.text = (f"-= Welcome to TextWorld, ALFRED! =-\n\n{look_text(self.game, self.facts, first=True)}\n\n"
+        self.observation = (f"-= Welcome to TextWorld, ALFRED! =-\n\n{look_text(self.game, self.facts, first=True)}\n\n"
                      f"{TASK_PREFIX}{self.game.task}")
-        return self.text, self._info(valid=True)
+        return self.observation, self._info(valid=True)
 
     def _observe(self):
-        return self.text
+        return self.observation
 
     def _choose_game(self, options):
         """(game, task_id); the task_id is the number in the split, None for a game given by its path."""
@@ -960,14 +964,14 @@ class ALFWorld(TextEnv):
         self.check_action(action, running=self.game is not None)
         found = self.last = self.actions.get(nfc(action.strip()))
         if found is None:
-            self.text = "Nothing happens."
+            self.observation = "Nothing happens."
         else:
             apply_action(self.game, self.facts, found)
-            self.text = feedback(self.game, self.facts, found, self.put_wording)
+            self.observation = feedback(self.game, self.facts, found, self.put_wording)
         self.steps += 1
         info = self._info(valid=found is not None)
         truncated = not info["won"] and self.steps >= ALFWORLD_MAX_STEPS
-        return self.text, self.pay(info["score"], info["won"] or truncated), info["won"], truncated, info
+        return self.observation, self.pay(info["score"], info["won"] or truncated), info["won"], truncated, info
 
     def _info(self, *, valid):
         self.actions = possible_actions(self.game, self.facts, self.put_wording)

@@ -38,10 +38,10 @@ import numpy as np
 
 import envs
 import sdar
-from lib import runs
+from lib import folders, runs
 from lib.episodes import episode_lines, episodes_beside, show
+from lib.program import UserError, exit_status
 from lib.results import FORMAT, read_result, write_result
-from lib.runs import UserError
 from lib.settings import Parser, add_options, number
 from lib.tasks import evaluation_set_hash
 
@@ -161,7 +161,7 @@ FLAGS = (*SETTINGS, *SAMPLING, "env_timeout", "rollout_batch", "device", "thread
 
 def evaluation_config(model, explicit):
     """Model and explicitly given settings -> Config: that of the run around a checkpoint, else sdar's defaults."""
-    flags, run = explicit, runs.settings_of(model, sdar.Config)
+    flags, run = explicit, folders.settings_of(model, sdar.Config)
     explicit = {"eval_tasks": sdar.Config.eval_tasks, "eval_temperature": sdar.Config.eval_temperature,
                 "model": model} | explicit
     if run is None:
@@ -219,7 +219,7 @@ def evaluate(model, options):
     env = sdar.make_env(cfg, probe=True)
     tasks = sdar.evaluation_tasks(cfg, env)
     settings = {"model": model, "evaluation_set": evaluation_set_hash(env, tasks, cfg.env_timeout),
-                "conditions": conditions, "config": runs.storable(cfg),
+                "conditions": conditions, "config": folders.storable(cfg),
                 "sampling": {"split": cfg.eval_split, "tasks": len(tasks), "repeats": repeats, "seed": cfg.seed,
                              "temperature": cfg.eval_temperature}}
     name = Path(model).absolute().name
@@ -236,7 +236,7 @@ def evaluate(model, options):
     summary = {name: summarise(outcomes[name]) for name in conditions}
     if len(conditions) == 2:
         summary["with - without"] = difference(outcomes["with"], outcomes["without"])
-    result = {"format": FORMAT, **settings, "provenance": runs.provenance(sdar.__version__), "summary": summary,
+    result = {"format": FORMAT, **settings, "provenance": folders.provenance(sdar.__version__), "summary": summary,
               "episodes": episodes_beside(out).name, "outcomes": outcomes}
     write_result(out, result, itertools.chain(*(lines for _, lines in played.values())))  # first: printing may fail
     for name in conditions:
@@ -249,11 +249,11 @@ def evaluate(model, options):
 
 def headline(result):
     cfg, sampling = result["config"], result["sampling"]
-    tasks = f"data in {cfg['data']}" if cfg.get("data") else "generated tasks, not the official ones"
     how = f"T={sampling['temperature']:g}" if sampling["temperature"] else "greedy"
     episodes = f"{sampling['repeats']} episode{'s' * (sampling['repeats'] > 1)} per task"
-    return (f"{result['model']} on {cfg['env']} ({tasks})\n{sampling['tasks']} tasks of {sampling['split']}, "
-            f"evaluation set {result['evaluation_set'][:12]}, {how}, {episodes}, seed {sampling['seed']}")
+    return (f"{result['model']} on {cfg['env']} ({runs.data_label(cfg.get('data'))})\n"
+            f"{sampling['tasks']} tasks of {sampling['split']}, evaluation set {result['evaluation_set'][:12]}, {how}, "
+            f"{episodes}, seed {sampling['seed']}")
 
 
 # ----------------------------------------------------------------------------------------------------------- comparison
@@ -333,7 +333,7 @@ def command(argv):
 
 def main(argv=None):
     """The command line. Returns the exit status; bad input is one sentence on standard error and status 2."""
-    return runs.exit_status(command, argv)
+    return exit_status(command, argv)
 
 
 if __name__ == "__main__":

@@ -47,11 +47,10 @@ from typing import NamedTuple
 import lib  # noqa: F401  before torch, whose threads wait as it says
 import envs
 import kernels
-from lib import agreement, health, models, progress, runs
+from lib import agreement, folders, health, models, progress, runs
 from lib.episodes import episode_lines, write_step
-from lib.models import compute
-from lib.runs import UserError, mean
-from lib.settings import Parser, add_options, changeable, changes, check_value, check_values, option
+from lib.program import UserError, exit_status
+from lib.settings import Parser, add_options, changeable, check_value, check_values, option, set_by_hand
 from lib.skills import Skills, read_skills
 from lib.tasks import Task, count_tasks, evaluation_set_hash, reset_env, step_env, stratified, types_of
 
@@ -337,7 +336,7 @@ def load_skills(cfg, task_types):
     """-> {task type: the text that cfg.retrieval shows}. Raises UserError if a file is missing."""
     if cfg.retrieval == "none":
         return Skills(dict.fromkeys(task_types, ""))
-    general, by_type = read_skills(cfg.skills or runs.ROOT / "data" / "skills" / cfg.env, task_types)
+    general, by_type = read_skills(cfg.skills or folders.ROOT / "data" / "skills" / cfg.env, task_types)
     if cfg.retrieval == "full":
         return Skills(dict.fromkeys(task_types, "\n".join([general, *by_type.values()])))
     return Skills({kind: f"{general}\n{text}" for kind, text in by_type.items()})
@@ -483,7 +482,7 @@ def head_inputs(policy, model, batch):
     if batch.mask is not None:
         packed = {"attention_mask": models.attention_masks(model, batch.mask, batch.positions),
                   "position_ids": batch.positions}
-    with compute(policy):
+    with models.autocast(policy):
         hidden = models.decoder(model)(input_ids=batch.ids, use_cache=False, **packed).last_hidden_state
     hidden = hidden.flatten(0, 1)[batch.predictors]
     dtype = torch.bfloat16 if policy.autocast else hidden.dtype  # the last norm gives fp32: no tensor core takes that
@@ -524,7 +523,7 @@ def prefill(policy, prompts):
     ids = torch.tensor([(0,) * (longest - len(p)) + p for p in unique], device=policy.device)  # padded on the left
     real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique], device=policy.device)
     cache, cached = models.empty_cache(policy.model)
-    with compute(policy):
+    with models.autocast(policy):
         out = policy.model(input_ids=ids, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp(min=0),
                            logits_to_keep=1, **cached)
     which = torch.tensor([number_of[p] for p in prompts], device=policy.device)
@@ -558,7 +557,7 @@ def sample_batch(policy, prompts, cfg, temperature, noises):
             cache.reorder_cache(keep)
             alive, real, token, position = alive[keep], real[keep], token[keep], position[keep]
         real = torch.cat([real, real.new_ones(len(real), 1)], 1)
-        with compute(policy):
+        with models.autocast(policy):
             out = policy.model(input_ids=token, attention_mask=real, position_ids=position, **cached)
         logits, position = out.logits[:, -1].float(), position + 1
     return [Response(tuple(t), tuple(lp), s) for t, lp, s in zip(tokens, logps, stops)]
@@ -759,7 +758,7 @@ def make_rows(policy, cfg, episodes, skills):
             teacher = prompts[key]
         rows.append(Row(turn.prompt_ids, teacher, turn.response.ids, advantage, turn.response.logp))
     equal = [float((returns[groups == g] == returns[groups == g][0]).all()) for g in groups.unique()]
-    return rows, {"grpo/zero_variance_groups": mean(equal)}
+    return rows, {"grpo/zero_variance_groups": runs.mean(equal)}
 
 
 def micro_batches(rows, micro_tokens, packs=True):
@@ -955,10 +954,10 @@ def train(cfg, folder=None, checkpoint=None):
     check_prompt_limit(policy, cfg, env)
     optimizer = make_optimizer(policy.model, cfg)
     if checkpoint:
-        done = runs.restore(checkpoint, optimizer, policy.ref, cfg.eval_every)
-        runs.write_settings(folder, cfg)  # some may have changed
+        done = folders.restore(checkpoint, optimizer, policy.ref, cfg.eval_every)
+        folders.write_settings(folder, cfg)  # some may have changed
     else:
-        folder, done = runs.create_run(cfg, __version__, f"{cfg.env}-{cfg.method}-{cfg.seed}"), 0
+        folder, done = folders.create_run(cfg, __version__, f"{cfg.env}-{cfg.method}-{cfg.seed}"), 0
     head = policy.model.get_output_embeddings().weight
     print(runs.headline(cfg, folder, policy, kernels.choose_backend("auto", head, head)) +
           health.forecast(cfg, folder, policy), flush=True)
@@ -1001,10 +1000,10 @@ def evaluate(policy, cfg, environments, run):
     by_type = defaultdict(list)
     for e in sampled:
         by_type[f"eval/success/{e.task_type}"].append(e.won)
-    metrics = {"eval/success": mean(e.won for e in sampled), "eval/score": mean(e.score for e in sampled),
-               "eval/greedy_success": mean(e.won for e in greedy),
+    metrics = {"eval/success": runs.mean(e.won for e in sampled), "eval/score": runs.mean(e.score for e in sampled),
+               "eval/greedy_success": runs.mean(e.won for e in greedy),
                "eval/errors": sum(e.errors for e in sampled + greedy),
-               **{name: mean(won) for name, won in sorted(by_type.items())}}
+               **{name: runs.mean(won) for name, won in sorted(by_type.items())}}
     run.log(run.step, metrics, f"evaluation after step {run.step}: success {metrics['eval/success']:.3f} at T="
             f"{cfg.eval_temperature:g}, {metrics['eval/greedy_success']:.3f} greedy ({len(tasks)} of {cfg.eval_split})")
     runs.plot_curve(run.folder, cfg)
@@ -1028,17 +1027,18 @@ def parse_args(argv):
 def command(argv):
     explicit, resume, config = parse_args(argv)
     if resume is None:
-        base = None if config is None else changes(runs.settings_in(config, Config), make_config, RECIPE)
+        base = None if config is None else set_by_hand(folders.settings_in(config, Config), make_config, RECIPE)
         return train(make_config(explicit, base))
-    cfg, folder, checkpoint = runs.reopen(resume, explicit, Config, changeable(Config))
+    cfg, folder, checkpoint = folders.reopen(resume, explicit, Config, changeable(Config))
     validate(cfg, explicit)
-    if not runs.is_finished(cfg, folder, checkpoint):
-        train(cfg, folder, checkpoint)
+    if folders.is_finished(cfg, folder, checkpoint):
+        return print(folders.finished_text(cfg, folder, checkpoint))
+    train(cfg, folder, checkpoint)
 
 
 def main(argv=None):
     """The command line. Returns the exit status; bad input is one sentence on standard error and status 2."""
-    return runs.exit_status(command, argv)
+    return exit_status(command, argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import envs
 import kernels
 import sdar
 from conftest import config, own_logp, same
-from lib import models, runs
+from lib import folders, models
 
 NO_TEACHER = {"sdar_coef": 0.0, "teacher": "none", "retrieval": "none"}
 numbers = lambda *values: torch.tensor(values, dtype=torch.float64)
@@ -486,7 +486,7 @@ def test_the_teacher_sees_the_skills_whole_and_the_students_cut_observation(poli
 
 def test_skills_are_the_general_ones_and_those_of_the_type(skills):
     kinds = envs.make("webshop").task_types
-    folder = runs.ROOT / "data" / "skills" / "webshop"
+    folder = folders.ROOT / "data" / "skills" / "webshop"
     general, own = ((folder / "general.md").read_text().strip(),
                     {k: (folder / f"{k}.md").read_text().strip() for k in kinds})
     assert skills == {kind: f"{general}\n{own[kind]}" for kind in kinds}

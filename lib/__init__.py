@@ -1,9 +1,9 @@
 """What a first reading may skip: official data, catalogues, retrieval, generated tasks, scripted players, a gymnasium
 space, models, settings, runs.
 
-Import it before torch. OpenMP's threads (libgomp's, on Linux) spin for long while they wait for each other: beside two
-other programs on two cores a training step took 90 s. If they sleep after a short spin it takes 8, and 3.6 alone, as
-before. OMP_WAIT_POLICY=PASSIVE would cost a tenth alone. What the user has set stays.
+Import it before torch. Idle OpenMP threads busy-wait; on a shared machine that made a training step take 90 s instead
+of 8. GOMP_SPINCOUNT shortens the spin. OMP_WAIT_POLICY=PASSIVE would slow an idle machine by 10 %. What the user has
+set stays.
 """
 
 import os
@@ -13,19 +13,19 @@ from pathlib import Path
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-show, show_ignored = sys.excepthook, sys.unraisablehook
+show_uncaught, show_unraisable = sys.excepthook, sys.unraisablehook
 
 
-def show_defect(kind, error, trace):
+def uncaught_except_interrupt(kind, error, trace):
     """Ctrl-C in the seconds that torch takes to load, or at the very end, is not a defect, and has no traceback."""
     if not issubclass(kind, KeyboardInterrupt):
-        show(kind, error, trace)
+        show_uncaught(kind, error, trace)
 
 
-def show_ignored_defect(what):
+def unraisable_except_interrupt(what):
     if not issubclass(what.exc_type, KeyboardInterrupt):
-        show_ignored(what)
+        show_unraisable(what)
 
 
 if Path(__file__).parent.parent in Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parents:
-    sys.excepthook, sys.unraisablehook = show_defect, show_ignored_defect  # not in programs that import these
+    sys.excepthook, sys.unraisablehook = uncaught_except_interrupt, unraisable_except_interrupt  # in our programs alone

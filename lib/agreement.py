@@ -8,12 +8,12 @@ product inside the kernel). An architecture for which they differ would train on
 import dataclasses
 import inspect
 import re
-import sys
+import warnings
 
 import torch
 
-from lib.models import attention_window, compute, describe, text_config
-from lib.runs import UserError
+from lib.models import attention_window, autocast, text_config
+from lib.program import UserError, describe
 
 LIMIT = 1e-3  # of a difference of log-probs in fp32, in nats, where logits have a standard deviation of 1
 RESPONSE = 16  # tokens of a trial response, at most
@@ -36,28 +36,29 @@ def check_model(policy, name, longest, sample, score):
     tried = max(map(len, prompts)) + RESPONSE
     check_lengths(text_config(policy.model), name, longest, tried)
     exact = dataclasses.replace(policy, autocast=False, stop_ids=frozenset(range(0, vocabulary(policy), RESPONSE)))
-    heat = attempt(name, "its own forward pass", spread, exact, policy.chat.prompt("Find a red lamp."))
-    responses = attempt(name, "sampling", sample, exact, prompts * 2, RESPONSE, heat)
-    groups = [responses[0::2], responses[1::2]]  # siblings leave the batch at different times
+    temperature = call_or_refuse(name, "its own forward pass", logit_std, exact, policy.chat.prompt("Find a red lamp."))
+    responses = call_or_refuse(name, "sampling", sample, exact, prompts * 2, RESPONSE, temperature)
+    groups = [responses[0::2], responses[1::2]]  # siblings leave the batch at different times; the last is scored alone
     ids, last = [[response.ids for response in group] for group in groups], [[group[-1].ids] for group in groups]
-    own = attempt(name, "its own forward pass", own_logp, exact, prompts, last, heat)  # of the last sibling alone
+    own = call_or_refuse(name, "its own forward pass", own_logp, exact, prompts, last, temperature)
     sampled = torch.tensor([x for group in groups for x in group[-1].logp], device=own.device)
-    alone = attempt(name, "training", score, exact, prompts, last, heat)
+    alone = call_or_refuse(name, "training", score, exact, prompts, last, temperature)
     for doing, logp in (("sampling", sampled), ("training", alone)):
         if not largest(logp - own) < LIMIT:
             raise UserError(f"{name} is not supported: log-probs in {doing} differ from the model's own by "
                             f"{largest(logp - own):.2g} (limit {LIMIT:g}), {SUSPECTS[doing]}.")
-    reaches = tried >= longest or familiar(text_config(policy.model), tried)
-    packed = packed_logp(exact, score, prompts, ids, heat) if reaches else None
+    reaches = tried >= longest or packs_at_any_length(text_config(policy.model), tried)
+    packed = packed_logp(exact, score, prompts, ids, temperature) if reaches else None
     packs = packed is not None and largest(packed - own) < LIMIT
     logp = packed if packs else alone
     if not packs:
-        print(f"warning: {name} trains a sequence per response, which takes longer: its attention does not follow a "
-              "mask that packs the responses to one prompt into one sequence, as far as a trial could tell.",
-              file=sys.stderr)
+        warnings.warn(f"{name} trains a sequence per response, which takes longer: its attention does not follow a "
+                      "mask that packs the responses to one prompt into one sequence, as far as a trial could tell.",
+                      RuntimeWarning, stacklevel=2)
     if policy.autocast:
-        logp = attempt(name, "training in bf16", score, policy, prompts, last, heat)
-        check_rounding(name, logp - own, attempt(name, "bf16", own_logp, policy, prompts, last, heat) - own)
+        logp = call_or_refuse(name, "training in bf16", score, policy, prompts, last, temperature)
+        rounded = call_or_refuse(name, "bf16", own_logp, policy, prompts, last, temperature)
+        check_rounding(name, logp - own, rounded - own)
     return largest(logp - own), packs
 
 
@@ -69,7 +70,7 @@ SUSPECTS = {"sampling": "so it does not take padding on the left, or its cache i
             "training": "so its head is more than a matrix (bias, soft-cap, scaling)"}
 
 
-def attempt(name, doing, call, *args):
+def call_or_refuse(name, doing, call, *args):
     """call(*args). Raises UserError, in one sentence, for whatever a model's code raises."""
     try:
         with torch.no_grad():
@@ -107,13 +108,13 @@ def trial_prompts(policy, longest):
 def own_logits(policy, ids, n):
     """The model's own logits [n, V] after each of the last n of ids, in fp32, by a plain forward pass."""
     kept = "logits_to_keep" in inspect.signature(policy.model.forward).parameters
-    with compute(policy):
+    with autocast(policy):
         out = policy.model(input_ids=torch.tensor([ids], device=policy.device), use_cache=False,
                            **({"logits_to_keep": n} if kept else {}))
     return out.logits[0, -n:].float()
 
 
-def spread(policy, prompt):
+def logit_std(policy, prompt):
     """The standard deviation of the logits after each token of a prompt; above 0."""
     return max(own_logits(policy, prompt, len(prompt)).std(-1).mean().item(), 1e-6)
 
@@ -134,7 +135,7 @@ KNOWN = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_w
          "_sliding_window_pattern", "chunk_size_feed_forward")
 
 
-def familiar(config, tried):
+def packs_at_any_length(config, tried):
     """Whether siblings that packed right with `tried` tokens do so with more: attention looks everywhere, or into
     windows that the trial went beyond. Chunks, blocks or an index may begin later."""
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -186,6 +187,7 @@ def check_lengths(config, name, longest, tried):
         raise UserError(f"{name} attends to {picked} tokens that an index picks, and a trial of more would take too "
                         f"long; {ask}.")
     if 0 < most < longest and rope:
-        print(f"warning: {name} was made for {most} positions, but {ask}, if such prompts occur.", file=sys.stderr)
+        warnings.warn(f"{name} was made for {most} positions, but {ask}, if such prompts occur.", RuntimeWarning,
+                      stacklevel=2)
     elif 0 < most < longest:
         raise UserError(f"{name} has {most} positions, but {ask}.")

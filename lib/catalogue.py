@@ -39,12 +39,14 @@ from lib.official import (
     read_products,
     synthetic_goals_of,
 )
+from lib.program import crc32, try_lock
 from lib.retrieval import build_postings, load_postings, product_document, save_postings
 
 LARGE = 16 << 20                         # bytes of the product file above which the catalogue is kept on disk
-FORMAT = 1                               # of the cache: raise it when its content changes, as with the cutting of words
+FORMAT = 1                               # of the cache: raise it when its content changes, by other search terms, say
 VAL_GOALS = 500                          # the first 500 official goals of the fixed order are held out
 ABANDONED = 86400                        # seconds after which an unfinished cache is one of a process that was killed
+LOCK_PAUSE = 0.2                         # seconds between two looks whether the process that makes a cache is done
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,12 +170,7 @@ def checksums(folder):
     """{file: [bytes, CRC-32]} of a folder; SQLite's files, whose rows have checksums of their own, without the CRC."""
     found = {}
     for path in sorted(folder.iterdir()):
-        crc = 0
-        if path.suffix != ".sqlite":
-            with open(path, "rb") as file:
-                while part := file.read(1 << 20):
-                    crc = zlib.crc32(part, crc)
-        found[path.name] = [path.stat().st_size, crc]
+        found[path.name] = [path.stat().st_size, 0 if path.suffix == ".sqlite" else crc32(path)]
     return found
 
 
@@ -195,7 +192,7 @@ def is_whole(folder, stamp):
     return not damage
 
 
-def cached(data, files, name, build):
+def cached_folder(data, files, name, build):
     """The folder `name` that build(folder) makes of `files` in the folder `data`: made once, kept until they change.
 
     Written under another name and renamed, so that it is whole or not there. Of processes that start at once one makes
@@ -210,9 +207,9 @@ def cached(data, files, name, build):
     if home is None:
         raise OSError(f"Neither {homes[0]} nor {homes[1]} can be written; make one of them writable, or set "
                       "XDG_CACHE_HOME to a folder that is.")
-    with alone(home / f".{name}.lock"):
+    with exclusive_lock(home / f".{name}.lock"):
         if not is_whole(home / name, stamp):
-            make(home, name, stamp, build)
+            build_folder(home, name, stamp, build)
     return home / name
 
 
@@ -227,20 +224,17 @@ def is_writable(home):
 
 
 @contextlib.contextmanager
-def alone(path):
+def exclusive_lock(path):
     """Holds a lock on the file `path`, if the system has locks; says so if another process makes it wait."""
     with open(path, "a") as file:
-        with contextlib.suppress(ImportError, OSError):              # Windows, and some network drives
-            import fcntl
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"Waiting for another process, which makes {path.parent}.", file=sys.stderr, flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
+        if not try_lock(file):
+            print(f"Waiting for another process, which makes {path.parent}.", file=sys.stderr, flush=True)
+            while not try_lock(file):
+                time.sleep(LOCK_PAUSE)
         yield
 
 
-def make(home, name, stamp, build):
+def build_folder(home, name, stamp, build):
     """Makes the folder home/name anew by build(folder); what fails leaves nothing behind."""
     for old in home.glob(f".{name}-*"):              # of processes that were killed
         if time.time() - old.stat().st_mtime > ABANDONED:
@@ -251,7 +245,7 @@ def make(home, name, stamp, build):
         written = {"stamp": stamp, "contents": checksums(aside)}
         (aside / "stamp.json").write_text(json.dumps(written), encoding="utf-8")
         os.chmod(aside, 0o755)                       # a temporary folder is its owner's alone
-        move_in(aside, home / name, stamp)
+        rename_into_place(aside, home / name, stamp)
     except (OSError, sqlite3.OperationalError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES):
             raise
@@ -261,7 +255,7 @@ def make(home, name, stamp, build):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def move_in(aside, folder, stamp):
+def rename_into_place(aside, folder, stamp):
     """Renames a finished folder to its place, unless, where there is no lock, another process was quicker."""
     if is_whole(folder, stamp):
         return
@@ -427,7 +421,7 @@ class Shop(NamedTuple):
             goals = [goal for number in np.flatnonzero(self.table.goals) for goal in lazy.of_product(number)]
             return dict(zip(self.products, draws.prices.tolist(), strict=True)), [goals[i] for i in draws.order]
         name = f"{self.products.path.parent.name}-{int(seed)}-{int(shuffle_seed)}"
-        folder = cached(self.files[0].parent, self.files, name, lambda folder: save_arrays(
+        folder = cached_folder(self.files[0].parent, self.files, name, lambda folder: save_arrays(
             draw_goals(self.table, seed, shuffle_seed)._asdict(), folder))
         draws = Draws(*load_arrays(Draws._fields, folder))
         return StoredPrices(self.products, draws.prices), Goals(self, draws)
@@ -452,7 +446,7 @@ def official_shop(data, human_goals):
     if paths[0].stat().st_size <= LARGE:
         return shop_of(read_catalogue(paths))
     name = "webshop-human" if human_goals else "webshop-synthetic"
-    folder = cached(data, paths, name, functools.partial(store_catalogue, paths))
+    folder = cached_folder(data, paths, name, functools.partial(store_catalogue, paths))
     asins, *table = load_arrays(("asins", *GoalTable._fields), folder)
     categories = json.loads((folder / "categories.json").read_text(encoding="utf-8"))
     return Shop(StoredProducts(folder / "products.sqlite", asins), asins, GoalTable(*table), categories, human_goals,

@@ -11,13 +11,12 @@ import json
 import re
 import shutil
 import warnings
-import zlib
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from lib.program import UserError, first_sentence, to_json
+from lib.program import UserError, crc32, describe, to_json
 
 SEAL = "run.json"  # written last: a folder without it is not a checkpoint
 
@@ -46,7 +45,8 @@ def sealed(checkpoint):
     path = checkpoint / SEAL
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(stored["step"], int) and all(len(one) == 2 for one in stored["files"].values()):
+        if (isinstance(stored["step"], int) and isinstance(stored["settings"], dict | None)
+                and all(len(one) == 2 for one in stored["files"].values())):
             return stored
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
@@ -72,14 +72,6 @@ def fault(checkpoint, ending=""):
         return str(error)
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
-
-
-def crc32(path):
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def newest_intact(candidates):
@@ -115,7 +107,7 @@ def save_checkpoint(run, model, tokenizer, optimizer, step, *, keep=2, settings=
         put_in_place(hidden, final)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
         shutil.rmtree(hidden, ignore_errors=True)
-        why = getattr(error, "strerror", None) or first_sentence(error).rstrip(".")
+        why = getattr(error, "strerror", None) or describe(error).rstrip(".")
         raise NotSaved(f"{final} cannot be written ({why}): make room there, or give it the rights.") from error
     for old in checkpoints(run)[:-keep]:
         if step_of(old) > 0:
@@ -158,7 +150,7 @@ def own_files(checkpoint):
     """Names of the files that the run wrote into a checkpoint, its seal last."""
     try:
         return [*sealed(checkpoint)["files"], SEAL]
-    except (UserError, ValueError):
+    except UserError:
         return []
 
 

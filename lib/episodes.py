@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from lib.program import UserError, first_sentence, to_json
+from lib.program import UserError, describe, to_json
 
 
 def episode_lines(chat, readable, episodes, *, skills=None, rows=(), gaps=(), **more):
@@ -64,7 +64,7 @@ def write_step(run, step, every, lines):
         step_file(run, step - 1).unlink(missing_ok=True)
 
 
-# --------------------------------------------------------------------------------------------------------- for the eye
+# ------------------------------------------------------------------------------------------------------------- printing
 
 def episodes_beside(result):
     """The file with the episodes of a result of eval.py."""
@@ -97,7 +97,7 @@ def read_episodes(path):
     except OSError as error:
         raise UserError(f"The episodes in {path} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a file of episodes: {first_sentence(error)}") from error
+        raise UserError(f"{path} is not a file of episodes: {describe(error)}") from error
 
 
 def episode_text(number, episode):

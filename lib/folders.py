@@ -1,4 +1,4 @@
-"""The run folder as a whole: made, locked, its settings, opened again, what is set aside.
+"""The run folder as a whole: how it is created and locked, its settings, and how a run is resumed.
 
     <run>/config.json          settings, package versions, commit; may be given to --config
     <run>/set-aside-<n>/       checkpoints, log and episodes of steps after the one that a resumed run went on from
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lib.checkpoints import checkpoints, is_checkpoint, load_state, newest_intact, recover, sealed, step_of
 from lib.episodes import step_file, steps_written
-from lib.program import AT_END, UserError, optional, to_json, without_password
+from lib.program import AT_END, UserError, optional, to_json, try_lock, without_secrets, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # --report_to: module
@@ -46,12 +46,12 @@ def unwritable(run, error):
     return UserError(f"The run folder {run} cannot be written ({error.strerror}): choose one by --out.")
 
 
-# ------------------------------------------------------------------------------------------------------ made and locked
+# --------------------------------------------------------------------------------------------------- create and lock
 
 def create_run(cfg, version, stem="run", name="config.json"):
     """Makes the folder cfg.out and writes cfg to `name` in it -> its Path, locked.
 
-    stem: where cfg.out is None, the folder is the first of runs/<stem>, runs/<stem>-2, ... that does not exist. Raises
+    stem: where cfg.out is None, it is set to the first of runs/<stem>, runs/<stem>-2, ... that does not exist. Raises
     UserError if the folder holds a run or files of others that a run would replace, if another program writes to it, if
     it can't be written, or if cfg.report_to is not installed.
     """
@@ -105,25 +105,16 @@ def claim_folder(stem):
 def lock(run):
     """Until this program ends, however it ends, no other may write to the folder. UserError if another does already.
 
-    The lock is on the folder itself and leaves no file. Without fcntl (Windows), and on file systems without locks,
-    there is none.
+    The lock is on the folder itself and leaves no file. There is none on Windows and on file systems without locks.
     """
-    try:
-        import fcntl
-    except ImportError:
-        return
     key = run.resolve()
-    if key in LOCKED:
+    if key in LOCKED or os.name == "nt":  # where folders cannot be opened
         return
     descriptor = os.open(run, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    if not try_lock(descriptor):
         os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise UserError(f"Another program is writing to {run}: wait for it to end, or choose another folder with "
-                            "--out.") from error
-        return
+        raise UserError(f"Another program is writing to {run}: wait for it to end, or choose another folder with "
+                        "--out.")
     LOCKED[key] = descriptor
     AT_END.callback(lambda: os.close(LOCKED.pop(key)))
 
@@ -131,18 +122,16 @@ def lock(run):
 # ------------------------------------------------------------------------------------------------------------- settings
 
 def storable(cfg):
-    """A settings dataclass -> a dict without passwords, which are given anew where they are needed."""
-    return {name: without_password(value) if isinstance(value, str) else value
+    """A settings dataclass -> a dict without passwords and keys in addresses, which are given anew when needed."""
+    return {name: without_secrets(value) if isinstance(value, str) else value
             for name, value in dataclasses.asdict(cfg).items()}
 
 
 def write_settings(run, cfg, name="config.json", made_by=None):
     """cfg and provenance in the run folder's file `name`, made or replaced atomically; made_by None: as stored."""
-    hidden = run / f".{name}.tmp"
     try:
         made_by = made_by or json.loads((run / name).read_text(encoding="utf-8"))["provenance"]
-        hidden.write_text(to_json(storable(cfg) | {"provenance": made_by}, indent=1), encoding="utf-8")
-        hidden.rename(run / name)
+        write_atomically({run / name: to_json(storable(cfg) | {"provenance": made_by}, indent=1)})
     except OSError as error:
         raise unwritable(run, error) from error
 
@@ -207,7 +196,7 @@ def is_run(folder, name="config.json"):
     return path.is_file() and '"provenance"' in path.read_text(errors="replace")
 
 
-# --------------------------------------------------------------------------------------------------------- opened again
+# -------------------------------------------------------------------------------------------------------------- resume
 
 def reopen(folder, explicit, kind, changeable, name="config.json"):
     """--resume: (settings, run, checkpoint), the run locked. folder: a run, or one of its checkpoints.
@@ -227,7 +216,7 @@ def reopen(folder, explicit, kind, changeable, name="config.json"):
     for setting, value in explicit.items():
         stored = getattr(cfg, setting)
         same = (Path(value).resolve() == run.resolve() if setting == "out" else
-                value == stored or without_password(str(value)) == stored)
+                value == stored or without_secrets(str(value)) == stored)
         if not same and setting not in changeable:
             raise UserError(f"--{setting} {value} contradicts the run in {run}, which has {stored}: leave it out, or "
                             "start a new run with --out.")
@@ -259,16 +248,19 @@ def choose_checkpoint(run, wanted=None):
 
 
 def is_finished(cfg, run, checkpoint):
-    """Whether nothing is left to do after the checkpoint, not even the last evaluation; says so."""
+    """Whether nothing is left to do after the checkpoint, not even the last evaluation."""
     done = step_of(checkpoint)
     evaluated = not cfg.eval_every or any(
         entry["step"] == done and "eval/success" in entry for _, entry in read_lines(run / "metrics.jsonl"))
-    if done < cfg.steps or not evaluated:
-        return False
+    return done >= cfg.steps and evaluated
+
+
+def finished_text(cfg, run, checkpoint):
+    """What is printed of a run that is finished."""
+    done = step_of(checkpoint)
     rate = " (a linear --lr_schedule then falls to 0 at the new end)" * (getattr(cfg, "lr_schedule", "") == "linear")
-    print(f"{run} is finished ({done} steps): go on with it by --resume {shlex.quote(str(run))} --steps {done + 10} or "
-          f"more{rate}, or evaluate it: python eval.py {shlex.quote(str(checkpoint))}")
-    return True
+    return (f"{run} is finished ({done} steps): go on with it by --resume {shlex.quote(str(run))} --steps {done + 10} "
+            f"or more{rate}, or evaluate it: python eval.py {shlex.quote(str(checkpoint))}")
 
 
 def restore(checkpoint, optimizer, ref=None, eval_every=0):
@@ -307,11 +299,10 @@ def trim_metrics(run, step, again=False):
 
     again: whether the evaluation after this step, which comes after its checkpoint, is played once more.
     """
-    path, hidden = run / "metrics.jsonl", run / ".metrics.jsonl.tmp"
+    path = run / "metrics.jsonl"
     kept = [line + "\n" for line, entry in read_lines(path)
             if entry["step"] < step or entry["step"] == step and not (again and "eval/success" in entry)]
-    hidden.write_text("".join(kept), encoding="utf-8")
-    hidden.rename(path)
+    write_atomically({path: "".join(kept)})
 
 
 def read_lines(path):

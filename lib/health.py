@@ -3,17 +3,20 @@
 import math
 import os
 import shutil
+import warnings
 from pathlib import Path
+
+import torch
 
 from lib import models
 from lib.program import UserError
 
-# ------------------------------------------------------------------------------------------------------- before it runs
+# --------------------------------------------------------------------------------------------------- memory and disk
 
 def forecast(cfg, folder, policy):
-    """Parameters, memory by part and disk of a run that is about to start, and warnings -> lines of text.
+    """Parameters, memory by part and disk of a run that is about to start -> lines of text. Warns if either is short.
 
-    The bundled model's are not worth a word: "" then.
+    For the bundled model, which is small: "".
     """
     if models.is_bundled(cfg.model):
         return ""
@@ -27,11 +30,12 @@ def forecast(cfg, folder, policy):
     lines.append(f"disk {gigabytes(disk)} per checkpoint, {gigabytes(files)} in all with --keep {cfg.keep}, of "
                  f"{gigabytes(free)} free")
     if total > there:
-        lines.append(f"warning: that may be more memory than the {gigabytes(there)} there are: lower --rollout_batch, "
-                     "--micro_tokens or --max_prompt_tokens, or set --recompute.")
+        warnings.warn(f"The run may take more memory ({gigabytes(total)}) than there is ({gigabytes(there)}): lower "
+                      "--rollout_batch, --micro_tokens or --max_prompt_tokens, or set --recompute.", RuntimeWarning,
+                      stacklevel=2)
     if files > free:
-        lines.append(f"warning: the disk of {folder} has too little room for that: lower --keep, or choose another "
-                     "with --out.")
+        warnings.warn(f"The disk of {folder} has too little room for the run's {gigabytes(files)}: lower --keep, or "
+                      "choose another with --out.", RuntimeWarning, stacklevel=2)
     return "\n".join(lines)
 
 
@@ -47,7 +51,7 @@ def memory_parts(cfg, policy):
     (gate, up, product); under --recompute a layer's input, and one layer whole. Scores are one row of the vocabulary
     per response while sampling; in an update the kernels never build the whole.
     """
-    config = policy.model.config.get_text_config()
+    config = models.text_config(policy.model)
     size = sum(p.numel() for p in policy.model.parameters())
     layers, hidden = config.num_hidden_layers, config.hidden_size
     heads = getattr(config, "num_attention_heads", None) or 1
@@ -80,7 +84,6 @@ def disk_parts(cfg, model):
 def memory_there(device):
     """Bytes of memory of a GPU, or of this machine; infinite where the system does not tell."""
     if device.type == "cuda":
-        import torch
         return torch.cuda.mem_get_info(device)[1]
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -93,24 +96,24 @@ def free_disk(folder):
     return shutil.disk_usage(there).free
 
 
-# -------------------------------------------------------------------------------------------------------- when it fails
+# ------------------------------------------------------------------------------------------------------ broken numbers
 
 def check_finite(norm, model, metrics):
     """Raises UserError if a gradient's norm is not finite, with the cause, as far as the step's metrics tell it."""
     if math.isfinite(norm):
         return
     broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
-    unlike = lambda name: not math.isfinite(metrics.get(name, 0.0))
+    not_finite = lambda name: not math.isfinite(metrics.get(name, 0.0))
     if broken:
         cause = f"the weights hold NaN or infinity ({broken}): start again with a lower --lr"
-    elif unlike("grpo/entropy"):
+    elif not_finite("grpo/entropy"):
         cause = "the model's own log-probs overflow: use --dtype float32"
-    elif unlike("sdar/gap"):
+    elif not_finite("sdar/gap"):
         cause = (f"the teacher's log-probs are not finite (mean gap {metrics['sdar/gap']}): look at the skills that it "
                  "reads, or use --teacher none")
-    elif unlike("kl/loss"):
+    elif not_finite("kl/loss"):
         cause = "the reference model's log-probs are not finite: look at checkpoint-0, or use --kl_coef 0"
-    elif unlike("grpo/loss"):
+    elif not_finite("grpo/loss"):
         cause = f"an advantage or a log-ratio is not finite (loss {metrics['grpo/loss']})"
     else:
         cause = "it overflows in the backward pass: lower --lr, or use --dtype float32"

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lib.checkpoints import fault
-from lib.runs import ROOT, UserError, checkpoints, first_sentence, is_run
+from lib.checkpoints import checkpoints, fault
+from lib.folders import ROOT, is_run
+from lib.program import UserError, describe
 
 TINY = ROOT / "data" / "tiny"
 
@@ -23,7 +24,7 @@ def choose_device(name):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # the latter is what a CPU build raises for cuda
-        raise UserError(f"--device {name} cannot be used here: {first_sentence(error)}") from error
+        raise UserError(f"--device {name} cannot be used here: {describe(error)}") from error
 
 
 def is_bundled(model):
@@ -64,7 +65,7 @@ def read_model(path):
     try:
         model, tokenizer, loading = from_pretrained(path)
         size, ids = model.get_input_embeddings().num_embeddings, tokenizer.get_vocab().values()
-        plain_settings(model)
+        reset_settings(model)
     except UserError:
         raise
     except KeyError as error:  # an activation, a kind of rope, ...
@@ -106,16 +107,7 @@ def from_pretrained(path):
     return model, tokenizer, loading
 
 
-def describe(error):
-    """One sentence about any exception; KeyError and its like say nothing without their name."""
-    lines = [line.strip() for line in str(error).strip().split("\n")]
-    said = " ".join(lines[:2 if lines[0].endswith(":") else 1]).rstrip(".!") + "."
-    if said == ".":
-        return f"{type(error).__name__}."
-    return said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}"
-
-
-def some(names, most=3):
+def shortened(names, most=3):
     """'a, b, c and 5 more'."""
     names = sorted(map(str, names))
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -130,9 +122,9 @@ def check_weights(path, model, loading):
                         (broken, "are NaN or infinite")):
         if names:
             unused = loading["unexpected_keys"]
-            instead = f" (and unknown: {some(unused)})" if unused else ""
-            raise UserError(f"Weights in {path!r} {what}: {some(names)}{instead}. Repair the files, or give another "
-                            "model or checkpoint.")
+            instead = f" (and unknown: {shortened(unused)})" if unused else ""
+            raise UserError(f"Weights in {path!r} {what}: {shortened(names)}{instead}. Repair the files, or give "
+                            "another model or checkpoint.")
 
 
 def text_config(model):
@@ -140,7 +132,7 @@ def text_config(model):
     return model.config.get_text_config(decoder=True)
 
 
-def plain_settings(model):
+def reset_settings(model):
     """Undoes settings of a stored config that change what a forward pass returns, or that could not be saved again."""
     from transformers import GenerationConfig
     for config in (model.config, text_config(model)):
@@ -256,7 +248,7 @@ def recomputed(forward, *args, **kwargs):
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def compute(policy):
+def autocast(policy):
     """bf16 matrix products over fp32 weights where the device is good at them."""
     return torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.autocast)
 
@@ -294,19 +286,27 @@ def attention_window(config):
     return getattr(config, "sliding_window", None) if used else None
 
 
+def cause_of_nan(temperature):
+    """Why log-probs are not finite, and what to do. Divided by less than 1e-30, ordinary logits overflow in fp32."""
+    if 0 < temperature < 1e-30:
+        return f"the temperature {temperature:g} is too small; raise it to 0.01 or more"
+    return ("the weights have diverged, or activations overflow; take an earlier checkpoint or another model, train "
+            "with a lower --lr, or use --dtype float32")
+
+
 def draw_tokens(logprobs, temperature, noises):
     """logprobs [B, V], a random.Random per row -> sampled tokens [B, 1], the likeliest at temperature 0.
 
     A row takes one number of its own noise and nothing else, so that a batch does not change what its rows sample.
     Raises UserError if the log-probs have diverged.
     """
+    if not logprobs.amax(-1).isfinite().all():  # NaN anywhere, or nothing but -inf
+        raise UserError("No token can be sampled, as the model's log-probs are not finite: "
+                        f"{cause_of_nan(temperature)}.")
     if temperature == 0:
         return logprobs.argmax(-1, keepdim=True)
     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # [B, V]
     total = cumulative[:, -1:]
-    if not torch.isfinite(total).all():
-        raise UserError("No token can be sampled, as the model's log-probs are not finite: the weights have diverged "
-                        f"(lower --lr), or --temperature {temperature} is too small (raise it).")
     drawn = torch.tensor([[noise.random()] for noise in noises], dtype=torch.float64, device=logprobs.device)
     return torch.searchsorted(cumulative, drawn * total, right=True).clamp(max=logprobs.shape[-1] - 1)
 

@@ -93,7 +93,7 @@ def read_json_list(path, progress=None):
                 return
         except (ValueError, RecursionError) as error:
             raise error if type(error) is ValueError else not_json(path, error) from error
-    yield from read_json_file(path, list)        # it is none, and so refused like any other file
+    yield from read_json_file(path, list)        # it is not a list, and refused like any other file
 
 
 def parse_entries(text, file, path, progress):

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import warnings
+import zlib
 from importlib import import_module
 
 AT_END = contextlib.ExitStack()  # what a program holds until it ends, such as the lock of its run folder
@@ -17,8 +18,14 @@ class UserError(Exception):
     """Bad input: printed as one sentence, without a traceback."""
 
 
-def first_sentence(error):
-    return str(error).strip().split("\n")[0].rstrip(".") + "."
+def describe(error):
+    """One sentence about any exception: its first line, after its type where the line may not speak for itself
+    (KeyError's is only the key), or its type alone if it has no text."""
+    lines = [line.strip() for line in str(error).strip().split("\n")]
+    said = " ".join(lines[:2 if lines[0].endswith(":") else 1]).rstrip(".!")
+    if not said:
+        return f"{type(error).__name__}."
+    return f"{said}." if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}."
 
 
 def optional(module, package):
@@ -37,14 +44,26 @@ OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e
 def printable(text):
     """text with what a terminal would obey, control and bidirectional characters and surrogates, as \\x1b, \\u202e, ...
 
-    Line breaks and tabs stay. Users and passwords in addresses (//user:password@host) are masked.
+    Line breaks and tabs stay. What may be secret in an address is masked, as in `without_secrets`.
     """
-    return OBEYED.sub(lambda c: c[0].encode("unicode_escape", "surrogatepass").decode(), without_password(text))
+    return OBEYED.sub(lambda c: c[0].encode("unicode_escape", "surrogatepass").decode(), without_secrets(text))
 
 
-def without_password(text):
-    """text in which what stands before the host of an address, a user and a password, is ***."""
-    return re.sub(r"(\w://)[^/\s]+@", r"\1***@", text)
+def without_secrets(text):
+    """text in which user and password of each address, and its query, which may be a key, are ***.
+
+    >>> without_secrets("https://me:secret@host:8000/retrieve?key=5 does not answer")
+    'https://***@host:8000/retrieve?*** does not answer'
+    """
+    def masked(address):
+        return re.sub(r"\?(?!\*\*\*).+", "?***", re.sub(r"^(\w://).*@", r"\1***@", address[0]))
+
+    return re.sub(r"\w://\S+", masked, text)
+
+
+def lacks_secrets(text):
+    """Whether `without_secrets` took something out of a text."""
+    return "//***@" in text or "?***" in text
 
 
 def finite(value):
@@ -58,6 +77,46 @@ def finite(value):
 
 def to_json(value, **how):
     return json.dumps(finite(value), allow_nan=False, **how)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+def write_atomically(files):
+    """Writes {path: text} in UTF-8, first under hidden names; all are renamed once all are written, so that a full disk
+    leaves what was there. Raises OSError."""
+    hidden = {path: path.with_name(f".{path.name}.tmp") for path in files}
+    try:
+        for path, text in files.items():
+            hidden[path].write_text(text, encoding="utf-8")
+        for path in files:
+            hidden[path].replace(path)
+    finally:
+        for path in hidden.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def crc32(path):
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def try_lock(descriptor):
+    """Whether the lock on an open file or folder is ours now, until it is closed; False if another program holds it.
+
+    True as well where there are no locks: without fcntl (Windows), and on some network drives.
+    """
+    try:
+        import fcntl
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------- memory and end
@@ -134,11 +193,11 @@ def run(program, argv):
         return end.code if isinstance(end.code, int) else refuse(end.code) if end.code else 0
     except Exception as error:
         if isinstance(error, OSError):
-            return refuse(f"{error.filename or type(error).__name__}: {error.strerror or first_sentence(error)}.")
+            return refuse(f"{error.filename}: {error.strerror}." if error.filename else describe(error))
         if not out_of_memory(error):
             raise
-        return refuse(f"There is not enough memory ({first_sentence(error).rstrip('.')}): take a smaller model, or "
-                      "lower --rollout_batch and --micro_tokens.")
+        return refuse(f"There is not enough memory ({describe(error).rstrip('.')}): take a smaller model, or lower the "
+                      "settings that bound a batch (see --help).")
     return 0
 
 

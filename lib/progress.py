@@ -1,6 +1,6 @@
-"""Signs of life: while something takes long, a bar on the terminal says what is done, what is left and what goes on.
+"""Progress bars on standard error. Bars nest; `advance` and `tell` act on the innermost.
 
-Bars nest, the innermost one is told. Where standard error is not a terminal nothing is written.
+Where standard error is not a terminal nothing is written.
 """
 
 import contextlib

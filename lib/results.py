@@ -5,25 +5,22 @@ import math
 from pathlib import Path
 
 from lib.episodes import episodes_beside
-from lib.program import UserError, to_json
+from lib.program import UserError, to_json, write_atomically
 
 FORMAT = "sdar eval 2"  # marks result files
 PARTS = {"model": str, "evaluation_set": str, "conditions": list, "sampling": dict, "config": dict, "summary": dict,
          "outcomes": dict}
-SAMPLING = {"split": str, "tasks": int, "repeats": int, "seed": int, "temperature": (int, float)}
+SAMPLING_KINDS = {"split": str, "tasks": int, "repeats": int, "seed": int, "temperature": (int, float)}
 OUTCOME = {"task_id": int, "task_type": str, "won": (bool, int), "score": (int, float), "turns": int, "invalid": int,
            "done": (bool, int)}  # of an episode
 
 
 def write_result(out, result, lines):
-    """Writes atomically: a result that is there stays whole. lines: of the file of episodes beside it. UserError."""
-    hidden = out.with_name(f".{out.name}.tmp")
+    """Writes a result and the lines of the file of episodes beside it; where that fails, both stay as they were.
+    Raises UserError."""
     try:
-        for path, text in [(episodes_beside(out), "".join(lines)), (out, to_json(result, indent=1))]:
-            hidden.write_text(text, encoding="utf-8")
-            hidden.rename(path)
+        write_atomically({episodes_beside(out): "".join(lines), out: to_json(result, indent=1)})
     except OSError as error:
-        hidden.unlink(missing_ok=True)
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another file with --out.") from error
 
 
@@ -47,7 +44,7 @@ def what_is_wrong(result):
         return f"format {FORMAT!r}"
     checks = [("it", result, PARTS)]
     if not mismatch("it", result, PARTS):
-        checks += [("sampling", result["sampling"], SAMPLING), ("config", result["config"], {"env": str})]
+        checks += [("sampling", result["sampling"], SAMPLING_KINDS), ("config", result["config"], {"env": str})]
         for name in result["conditions"]:
             outcomes = result["outcomes"].get(name) if isinstance(name, str) else None
             if not isinstance(outcomes, list) or not outcomes:
@@ -63,10 +60,10 @@ def mismatch(what, value, kinds):
     for key, kind in kinds.items():
         if key not in value:
             return f"{what} has no {key}"
-        if not fits(value[key], kind if isinstance(kind, tuple) else (kind,)):
+        if not is_of_kind(value[key], kind if isinstance(kind, tuple) else (kind,)):
             return f"{key} of {what} is {value[key]!r}"[:200]
 
 
-def fits(value, kinds):
+def is_of_kind(value, kinds):
     return (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
             and not (isinstance(value, float) and not math.isfinite(value)))

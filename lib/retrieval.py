@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.official import read_jsonl
+from lib.program import without_secrets
 
 HITS = 50                                # results of a WebShop search, as in the original
 RETRIEVER_TIMEOUT = 60.0                 # seconds for one search, tries and pauses included
@@ -203,15 +204,6 @@ def corpus_search(corpus, query, topk):
 # Client and server
 # ---------------------------------------------------------------------------------------------------------------------
 
-def masked_url(url):
-    """An address as it may be shown and stored: without user, password and query.
-
-    >>> masked_url("https://me:secret@host:8000/retrieve?key=5")
-    'https://***@host:8000/retrieve?***'
-    """
-    return re.sub(r"\?.*", "?***", re.sub(r"^(\w*://)?.*@", r"\1***@", url, flags=re.DOTALL), flags=re.DOTALL)
-
-
 def is_this_host(host):
     """Whether a server's name or address is this machine's own, which no proxy can reach for us."""
     try:
@@ -303,8 +295,8 @@ class Retriever:
     """Client of a server that answers POST /retrieve, ours or Search-R1's or SDAR's: (query, topk) -> passages.
 
     Search-R1's server reads a list under "queries", SDAR's a text under "query": the first that is understood is kept.
-    url: maybe with user and password, which no message shows. timeout: seconds for a search, its tries and pauses
-    included. tries: a refused connection, a time-out, and a status of 429 or from 500 are tried again, after `pause`
+    url: maybe with user, password and query, which no message shows. timeout: seconds for a search, with its tries and
+    pauses. tries: a refused connection, a time-out, and a status of 429 or from 500 are tried again, after `pause`
     seconds, twice as many, .. or as many as the server asks for. A proxy of the environment is used except for this
     machine; redirects are not followed.
     Raises ConnectionError if no try succeeds and ValueError for a refusal or an answer of another form.
@@ -314,7 +306,7 @@ class Retriever:
         parts = split_address(url)
         path = parts.path.rstrip("/").removesuffix("/retrieve") + "/retrieve"
         address = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=urllib.parse.quote(path, safe="/%"))
-        self.url, self.shown = address.geturl(), masked_url(address.geturl())
+        self.url, self.shown = address.geturl(), without_secrets(address.geturl())
         self.headers = {"Content-Type": "application/json"}
         if parts.username is not None:
             secret = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
@@ -325,8 +317,12 @@ class Retriever:
         self.key = None                  # of the query in a request, once one has worked
 
     def probe(self):
-        """Searches once and forgets the answer, so that a server that is not there is noticed before it is needed."""
-        self("probe", 1)
+        """Searches once and forgets the answer, so that a server that is not there is noticed before it is needed.
+        Raises ConnectionError and ValueError, with a sentence on what to do."""
+        try:
+            self("probe", 1)
+        except (ConnectionError, ValueError) as error:
+            raise type(error)(f"The retriever does not work ({error}): start it, or give another address.") from error
 
     def __call__(self, query, topk):
         deadline = time.monotonic() + self.timeout
@@ -379,12 +375,13 @@ class Retriever:
 
 
 def split_address(url):
-    """The parts of a retriever's address. Raises ValueError for what is none, without showing a password."""
-    refused = ValueError(f"The retriever's address must be like http://127.0.0.1:8000, not {masked_url(url)!r}.")
+    """The parts of a retriever's address. Raises ValueError for any other text, shown if it can hold no secret."""
+    shown = "" if re.search("[@?]", url) else f", not {url!r}"
+    refused = ValueError(f"The retriever's address must be like http://127.0.0.1:8000{shown}.")
     try:
         parts = urllib.parse.urlsplit(url)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError as error:          # a port that is no number, or half of a pair of brackets
+    except ValueError as error:          # a port that is not a number, or half of a pair of brackets
         raise refused from error
     if not valid or re.search(r"[\s\x00-\x1f\x7f]", url):
         raise refused

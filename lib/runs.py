@@ -15,14 +15,13 @@ import traceback
 import warnings
 from copy import deepcopy
 
+import torch
 from tqdm import tqdm
 
 from lib.advice import PATIENCE, advice
-from lib.checkpoints import NotSaved, checkpoints, save_checkpoint, step_of
-from lib.folders import (
-    ROOT, TRACKERS, create_run, is_finished, is_run, provenance, read_lines, read_settings, reopen, restore,
-    settings_in, settings_of, storable, stored_settings, unwritable, write_settings)
-from lib.program import UserError, exit_status, first_sentence, optional, out_of_memory, reader_gone, to_json
+from lib.checkpoints import NotSaved, checkpoints, save_checkpoint
+from lib.folders import TRACKERS, read_lines, storable, stored_settings, unwritable
+from lib.program import UserError, describe, optional, out_of_memory, reader_gone, to_json
 
 # ----------------------------------------------------------------------------------------------------------- a live run
 
@@ -74,19 +73,24 @@ def all_or_nothing(model, optimizer, copy):
         raise
 
 
+BOUND_MEMORY = {"micro_tokens": "an update", "rollout_batch": "sampling"}  # settings, and what they bound
+
+
 class Run:
     """An open run: log, progress bar and checkpoints. `step` is the number of whole steps done.
 
     As a context manager it saves the whole steps however the block ends: at the end, on Ctrl-C, SIGTERM and SIGHUP (as
-    a KeyboardInterrupt, with a line on how to resume), and on any error. What the user can mend (bad input, a disk, too
-    little memory) becomes a UserError, which says what is saved. An optimiser step that was begun and not logged is not
-    saved: then the last checkpoint is where the run goes on.
+    a KeyboardInterrupt, with a line on how to resume), and on any error. What the user can change (bad input, a full
+    disk, too little memory) becomes a UserError, which says what is saved. An optimiser step that was begun and not
+    logged is not saved: then the last checkpoint is where the run goes on.
     """
 
-    def __init__(self, folder, model, tokenizer, optimizer, cfg, step, command):
-        """cfg: settings of the run (steps, save_every, keep, ...); step: those done; command: what --resume follows."""
+    def __init__(self, folder, model, tokenizer, optimizer, cfg, step, command, flags=None):
+        """cfg: settings of the run (steps, save_every, keep, ...); step: those done; command: what --resume follows;
+        flags: those of the settings that are flags of the command, None: all."""
         self.folder, self.step, self.cfg = folder.absolute(), step, cfg  # an environment may change directories
-        self.resume = f"{command} --resume {shlex.quote(str(folder))}"
+        self.flags = flags
+        self.resume_command = f"{command} --resume {shlex.quote(str(folder))}"
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.saved = step if folder / f"checkpoint-{step}" in checkpoints(folder) else None  # a resumed run's
         self.settings = stored_settings(folder)  # each checkpoint carries them
@@ -146,9 +150,9 @@ class Run:
         if isinstance(error, UserError):
             return str(error)
         if out_of_memory(error):
-            return (f"There is not enough memory ({first_sentence(error).rstrip('.')}): lower --micro_tokens "
-                    f"(now {self.cfg.micro_tokens}, bounds an update) or --rollout_batch (now "
-                    f"{self.cfg.rollout_batch}, bounds sampling).")
+            bounds = " or ".join(f"--{name} (now {getattr(self.cfg, name)}, bounds {what})" for name, what in
+                                 BOUND_MEMORY.items() if self.flags is None or name in self.flags)
+            return f"There is not enough memory ({describe(error).rstrip('.')}): lower {bounds}."
         if isinstance(error, OSError):
             return str(unwritable(self.folder, error))
 
@@ -160,23 +164,26 @@ class Run:
                 self.optimizer.zero_grad(set_to_none=True)  # memory may be short
                 with contextlib.suppress(KeyboardInterrupt), uninterrupted("saving ..."):
                     saved = self.save()
-                return f"All whole steps are saved in {saved}; {self.resume} goes on."
+                return f"All whole steps are saved in {saved}; {self.resume_command} goes on."
             except NotSaved as error:
                 failed = f"{error} "
         found = checkpoints(self.folder)
-        return failed + (f"The last checkpoint is {found[-1]}; {self.resume} goes on from there." if found else
-                         f"{self.folder} holds no checkpoint yet.")
+        return failed + (f"The last checkpoint is {found[-1]}; {self.resume_command} goes on from there." if found
+                         else f"{self.folder} holds no checkpoint yet.")
 
     def save_whole(self, stopped=False):
         """Saves; if Ctrl-C stopped the run, or is pressed meanwhile, says how to go on; raises the latter."""
+        def say_how_to_go_on():
+            self.bar.write(f"stopped after step {self.step}, saved in {saved}; go on: {self.resume_command}")
+
         try:
             with uninterrupted("saving ..."):
                 saved = self.save()
         except KeyboardInterrupt:
-            self.bar.write(f"stopped after step {self.step}, saved in {saved}; go on: {self.resume}")
+            say_how_to_go_on()
             raise
         if stopped:
-            self.bar.write(f"stopped after step {self.step}, saved in {saved}; go on: {self.resume}")
+            say_how_to_go_on()
 
     def log(self, step, metrics, line):
         """A line in metrics.jsonl, the same to wandb or tensorboard, and `line` above the progress bar."""
@@ -190,7 +197,7 @@ class Run:
     def announce(self, step, metrics, line):
         try:
             self.send({name: value for name, value in metrics.items() if value is not None}, step)
-        except Exception as error:  # whatever a tracker raises, it is not worth a run
+        except Exception as error:  # whatever a tracker raises must not end the run
             self.send = no_tracker
             warn_of_tracker(error)
         self.bar.write(line)
@@ -213,12 +220,17 @@ class Run:
             self.save()
 
 
+def data_label(data):
+    """What is said of the tasks wherever results are shown; data: the setting."""
+    return f"data in {data}" if data else "generated tasks, not the official ones"
+
+
 def headline(cfg, folder, policy, backend):
     """What is printed at the start of a run."""
-    tasks = f"data in {cfg.data}" if cfg.data else "tasks generated here, not the official ones"
     size = sum(p.numel() for p in policy.model.parameters()) / 1e6
-    return (f"{cfg.method} on {cfg.env} ({tasks}), model {cfg.model} ({size:.2f}M parameters), {policy.device}, run "
-            f"folder {folder}\n{backend} kernels: log-probs within {policy.fused_error:.1e} of the model's own")
+    return (f"{cfg.method} on {cfg.env} ({data_label(cfg.data)}), model {cfg.model} ({size:.2f}M parameters), "
+            f"{policy.device}, run folder {folder}\n{backend} kernels: log-probs within "
+            f"{policy.fused_error:.1e} of the model's own")
 
 
 def farewell(folder):
@@ -277,8 +289,7 @@ def start_tracker(cfg, folder):
 
 
 def warn_of_tracker(error):
-    warnings.warn(f"nothing more is sent to the tracker: {type(error).__name__}: {first_sentence(error)}",
-                  RuntimeWarning, stacklevel=2)
+    warnings.warn(f"nothing more is sent to the tracker: {describe(error)}", RuntimeWarning, stacklevel=2)
 
 
 def no_tracker(metrics, step):
@@ -300,13 +311,12 @@ def tracker(cfg, folder):
 def peak_memory_gb(device):
     """Of the GPU's allocations, or of this process; None where the system does not tell (Windows)."""
     if device.type == "cuda":
-        import torch
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
         import resource
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 1e9
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -316,8 +326,7 @@ def plot_curve(run, cfg):
     try:
         draw_curve(run, cfg)
     except Exception as error:  # no matplotlib, a broken font cache, a full disk
-        warnings.warn(f"{run / 'curve.png'} is not drawn: {type(error).__name__}: {first_sentence(error)}",
-                      RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{run / 'curve.png'} is not drawn: {describe(error)}", RuntimeWarning, stacklevel=2)
 
 
 def draw_curve(run, cfg):
@@ -336,7 +345,7 @@ def draw_curve(run, cfg):
         if points:
             axes.plot(*zip(*points), label=label, **style)
     axes.set(xlabel="step", ylabel="success rate", ylim=(0, 1),
-             title=f"{cfg.method} on {cfg.env} ({'official data' if cfg.data else 'generated tasks'})")
+             title=f"{cfg.method} on {cfg.env} ({data_label(cfg.data)})".replace("$", r"\$"))  # no mathematics
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")

@@ -6,7 +6,7 @@ import difflib
 import math
 import textwrap
 
-from lib.program import UserError
+from lib.program import UserError, lacks_secrets
 
 
 def option(default, help, *, group=None, choices=None, at_least=None, above=None, at_most=None, resume=False):
@@ -25,9 +25,13 @@ def changeable(kind):
     return [field.name for field in dataclasses.fields(kind) if field.metadata["resume"]]
 
 
-def changes(settings, make, recipe):
-    """What was set by hand in a settings dataclass, {name: value}: its `recipe`, names of settings that others follow
-    from, and what differs from make({those}). Not the folder `out`, which belongs to one run."""
+def set_by_hand(settings, make, recipe):
+    """The settings of a dataclass that nothing else implies, {name: value}.
+
+    recipe: names of the settings that defaults of others follow from; these are always included. make({name: value} of
+    the recipe) -> the dataclass with those defaults; what differs from it was set by hand. The folder `out`, which
+    belongs to one run, is left out.
+    """
     chosen = {name: getattr(settings, name) for name in recipe}
     implied = vars(make(chosen))
     return chosen | {name: value for name, value in vars(settings).items() if value != implied[name] and name != "out"}
@@ -38,8 +42,8 @@ def check_value(field, value):
     allowed, name = field.metadata, f"--{field.name}"
     if allowed["choices"] and value not in allowed["choices"]:
         raise UserError(f"{name} {value!r} is unknown; choose from {', '.join(allowed['choices'])}.")
-    if isinstance(value, str) and "//***@" in value:
-        raise UserError(f"{name} {value} lacks its password, which no run folder stores: give {name} again.")
+    if isinstance(value, str) and lacks_secrets(value):
+        raise UserError(f"{name} {value} lacks its password or key, which no run folder stores: give {name} again.")
     bounds = [(allowed["at_least"], lambda bound: value >= bound, "at least"),
               (allowed["above"], lambda bound: value > bound, "greater than"),
               (allowed["at_most"], lambda bound: value <= bound, "at most")]
@@ -86,10 +90,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            raise UserError(self.unlike(unknown[0]))
+            raise UserError(self.unexpected(unknown[0]))
         return args
 
-    def unlike(self, word):
+    def unexpected(self, word):
         """A sentence about an argument that nobody expects."""
         flag, known = word.split("=")[0], [name for name in self._option_string_actions if name.startswith("--")]
         if not flag.startswith("-"):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lib.runs import UserError, first_sentence
+from lib.program import UserError, describe
 
 
 class Skills(dict):
@@ -28,6 +28,6 @@ def read_skills(folder, task_types):
         try:
             return path.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not UTF-8 text that can be read: {first_sentence(error)}") from error
+            raise UserError(f"{path} is not UTF-8 text that can be read: {describe(error)}") from error
 
     return read("general"), {kind: read(kind) for kind in task_types}

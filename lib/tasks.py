@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.runs import UserError, first_sentence
+from lib.program import UserError, describe
 
 TRUTH = (bool, np.bool_)
 INFO = {"task": str, "task_type": str, "admissible": (list, tuple, type(None)), "valid": TRUTH, "won": TRUTH,
@@ -71,8 +71,7 @@ def listed(call, split):
     try:
         return call(split)
     except (Exception, SystemExit) as error:
-        name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        raise UserError(f"The tasks of split {split!r} cannot be listed: {name}{first_sentence(error)}") from error
+        raise UserError(f"The tasks of split {split!r} cannot be listed: {describe(error)}") from error
 
 
 def evaluation_set_hash(env, tasks, seconds=0.0):
@@ -104,9 +103,8 @@ def guard(task, doing, call, *args, seconds=0.0, **kwargs):
     except (Exception, SystemExit) as error:
         if isinstance(error, UserError):
             raise
-        name = f"{type(error).__name__}: " if not isinstance(error, BadAnswer) else ""
-        raise UserError(f"The environment failed on task {task.task_id} of split {task.split!r} ({doing}): {name}"
-                        f"{first_sentence(error)}") from error
+        raise UserError(f"The environment failed on task {task.task_id} of split {task.split!r} ({doing}): "
+                        f"{describe(error)}") from error
     finally:
         if folder and working_folder() != folder:
             os.chdir(folder)
@@ -137,7 +135,7 @@ def alarm(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-class BadAnswer(Exception):
+class BadAnswer(ValueError):
     """An environment's answer that is not what gymnasium and this program expect."""
 
 

@@ -10,7 +10,7 @@ import pytest
 import eval as evaluation
 import sdar
 from conftest import config, flags, refused
-from lib import runs
+from lib import checkpoints, folders
 
 
 def outcome(task_id, won, **changes):
@@ -152,9 +152,9 @@ def run_folder(model_folder, tmp_path_factory):
     run = tmp_path_factory.mktemp("run") / "run"
     cfg = sdar.make_config({"model": "tiny", "max_turns": 2, "max_response_tokens": 6, "threads": 1, "seed": 3,
                             "retrieval": "full", "eval_tasks": 5, "out": str(run)})
-    runs.create_run(cfg, sdar.__version__)
+    folders.create_run(cfg, sdar.__version__)
     policy = sdar.load_policy(dataclasses.replace(cfg, model=str(model_folder)))
-    runs.save_checkpoint(run, policy.model, policy.chat.tokenizer, sdar.make_optimizer(policy.model, cfg), 0)
+    checkpoints.save_checkpoint(run, policy.model, policy.chat.tokenizer, sdar.make_optimizer(policy.model, cfg), 0)
     return run
 
 

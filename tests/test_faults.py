@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch
 import eval as evaluation
 import sdar
 from conftest import assert_same_run, config, flags, lines_of, refused
-from lib import checkpoints, health, program, retrieval, runs, settings
+from lib import checkpoints, folders, health, program, results, retrieval, runs, settings
 from tools import faults
 
 
@@ -48,6 +49,15 @@ def test_a_damaged_file_is_named_and_the_run_goes_on_from_the_checkpoint_before(
         assert resume(run) == 0
     assert_same_run(run, straight)
     assert (run / "set-aside-1" / "checkpoint-4").is_dir()  # nothing is thrown away
+
+
+@pytest.mark.parametrize("settings", ["steps", 3, ...])
+def test_a_seal_whose_settings_are_not_a_dict_is_damaged(settings, run):
+    seal = run / "checkpoint-4" / "run.json"
+    stored = json.loads(seal.read_text()) | {"settings": settings}
+    seal.write_text(json.dumps({key: value for key, value in stored.items() if value is not ...}))
+    with pytest.raises(sdar.UserError, match="run.json is damaged"):
+        folders.settings_of(seal.parent, sdar.Config)
 
 
 def test_without_an_intact_checkpoint_or_the_needed_reference_a_resume_is_refused(run, capsys):
@@ -177,6 +187,12 @@ def test_a_folder_that_another_program_writes_to_is_left_alone(run, model_folder
     assert resume(run, "--steps", "4") == 0
 
 
+def test_peak_memory_is_that_of_the_process_in_gigabytes():
+    resource = pytest.importorskip("resource")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    assert runs.peak_memory_gb(torch.device("cpu")) == pytest.approx(peak / 1e9, rel=1e-3)
+
+
 def test_what_decorates_a_run_never_ends_it(model_folder, tmp_path, monkeypatch):
     def init(**_):
         raise OSError("no network")
@@ -232,8 +248,9 @@ def test_a_real_models_memory_and_disk_are_told_before_it_starts(policy, model_f
     assert always == {"weights": 4 * size, "AdamW": 8 * size, "reference": 4 * size} and update["gradients"] == 4 * size
     monkeypatch.setattr(health, "free_disk", lambda _: 1e6)
     monkeypatch.setattr(health, "memory_there", lambda _: 1e6)
-    text = health.forecast(cfg, tmp_path / "not yet", policy)
-    assert "0.1 million parameters" in text and "lower --keep" in text and "lower --rollout_batch" in text
+    with pytest.warns(RuntimeWarning) as caught:
+        assert "0.1 million parameters" in health.forecast(cfg, tmp_path / "not yet", policy)
+    assert [str(one.message).split("lower ")[1].split(",")[0] for one in caught] == ["--rollout_batch", "--keep"]
     assert health.forecast(config(model="tiny"), tmp_path, policy) == ""
 
 
@@ -287,8 +304,8 @@ def test_a_new_run_has_the_settings_of_another_and_flags_on_top(run, straight, t
     new = json.loads((tmp_path / "runs" / "webshop-sdar-0" / "config.json").read_text())
     old = json.loads((run / "config.json").read_text())
     assert {name for name in old if old[name] != new[name]} == {"out", "steps"}
-    stored = runs.settings_in(run / "config.json", sdar.Config)
-    base = settings.changes(stored, sdar.make_config, sdar.RECIPE)
+    stored = folders.settings_in(run / "config.json", sdar.Config)
+    base = settings.set_by_hand(stored, sdar.make_config, sdar.RECIPE)
     assert sdar.make_config({}, base | {"out": stored.out}) == stored
     grpo = sdar.make_config({"method": "grpo"}, base)  # what a method implies comes with it
     assert (grpo.teacher, grpo.sdar_coef, grpo.lr) == ("none", 0.0, stored.lr)
@@ -296,14 +313,38 @@ def test_a_new_run_has_the_settings_of_another_and_flags_on_top(run, straight, t
 
 def test_a_password_is_stored_nowhere_and_asked_for_again(model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(retrieval.Retriever, "probe", lambda self: None)  # it goes down later
-    run, secret = tmp_path / "run", "http://me:se@cret@127.0.0.1:9"
+    run, secret = tmp_path / "run", "http://me:se@cret@127.0.0.1:9/retrieve?key=cret"
     arguments = flags(model_folder, run, env="search", steps=1, eval_every=0, eval_tasks=None, retriever=secret)
     assert sdar.main(arguments) == 0
     said = capsys.readouterr()
     for text in (said.out, said.err, *(path.read_text() for path in run.rglob("*.json*"))):
         assert "cret" not in text
-    refused(sdar.main, ["--resume", str(run), "--steps", "2"], "--retriever http://***@127.0.0.1:9 lacks its", capsys)
+    refused(sdar.main, ["--resume", str(run), "--steps", "2"], 
+            "--retriever http://***@127.0.0.1:9/retrieve?*** lacks its", capsys)
     assert resume(run, "--steps", "2", "--retriever", secret) == 0 and "cret" not in (run / "config.json").read_text()
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("http://me:pw@h/x", "http://***@h/x"), ("http://h/x?key=5 is", "http://h/x?*** is"), ("(//h?a)", "(//h?a)"),
+    ("http://m:/?p@h/?a", "http://***@h/?***"), ("http://h/x?*** and http://a/?b", "http://h/x?*** and http://a/?***"),
+    ("What is http://h/a? A page.", "What is http://h/a? A page."), ("http://h/x?***: no", "http://h/x?***: no")])
+def test_what_may_be_secret_in_an_address_is_masked_once(text, shown):
+    assert program.without_secrets(text) == program.without_secrets(shown) == program.printable(text) == shown
+    assert program.lacks_secrets(shown) == ("***" in shown)
+
+
+@pytest.mark.parametrize("error, sentence", [
+    (AssertionError(), "AssertionError."), (MemoryError(), "MemoryError."), (KeyError("a"), "KeyError: 'a'."),
+    (ValueError("bad.\nmore"), "bad."), (RuntimeError("Errors:\n  a"), "RuntimeError: Errors: a."),
+    (OSError(), "OSError."), (OSError(28, "No space"), "[Errno 28] No space."),
+    (UnicodeDecodeError("utf-8", b"a", 0, 1, "odd"), "'utf-8' codec can't decode byte 0x61 in position 0: odd.")])
+def test_every_exception_is_described_in_a_sentence(error, sentence, capsys):
+    def fail(argv):
+        raise error
+
+    assert program.describe(error) == sentence
+    if isinstance(error, OSError | MemoryError):
+        refused(lambda argv: program.exit_status(fail, argv), [], sentence.rstrip("."), capsys)
 
 
 def test_output_that_cannot_be_written_loses_nothing_and_is_told(capsys, monkeypatch):
@@ -328,6 +369,23 @@ def test_output_that_cannot_be_written_loses_nothing_and_is_told(capsys, monkeyp
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
+
+def test_a_disk_that_is_full_after_the_first_of_two_files_leaves_both_results_as_they_were(tmp_path, monkeypatch):
+    out, write = tmp_path / "e.json", Path.write_text
+    results.write_result(out, {"number": 1}, ["one\n"])
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+
+    def write_one(path, text, **how):
+        if "number" in text:
+            write(path, text[:3])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, text, **how)
+
+    monkeypatch.setattr(Path, "write_text", write_one)
+    with pytest.raises(sdar.UserError, match="No space left"):
+        results.write_result(out, {"number": 2}, ["two\n"])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before and len(before) == 2
+
 
 def test_a_checkpoint_copied_elsewhere_is_evaluated_under_its_settings_and_damage_is_found(run, tmp_path, capsys):
     best = shutil.copytree(run / "checkpoint-4", tmp_path / "best")

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,10 @@ def test_what_is_meant_to_be_read_stays_small():
     lines = lambda path: len(path.read_text().splitlines())
     assert {name: lines(ROOT / name) for name, most in AT_MOST.items() if lines(ROOT / name) > most} == {}
     assert sum(map(lines, [*ROOT.glob("test_*.py"), *ROOT.glob("tests/*.py")])) <= 3700
+
+
+def test_every_warning_is_a_warning_of_python_which_one_place_prints():
+    assert [path.name for path in FILES if re.search(r"""f?["'](\\n)?warning: """, path.read_text())] == ["program.py"]
 
 
 @pytest.mark.parametrize("name", ["sdar", "tools.tiny"])

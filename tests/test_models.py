@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from datetime import datetime
 from pathlib import Path
 
@@ -224,8 +225,15 @@ def test_a_head_that_is_more_than_a_matrix_is_refused(kind, words, dtype, policy
     autocast = dtype == "bfloat16"
     with pytest.raises(sdar.UserError, match=words):
         sdar.check_model(dataclasses.replace(policy, model=model, autocast=autocast), config())
-    with pytest.raises(sdar.UserError, match="weights have diverged"):
-        models.draw_tokens(torch.full((1, 3), math.nan), 1.0, None)
+
+
+@pytest.mark.parametrize("temperature, cause", [
+    (1.0, "weights have diverged"), (0, "weights have diverged"), (1e-39, "temperature 1e-39 is too small")])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_no_token_is_drawn_from_log_probs_that_are_not_finite(temperature, cause, broken):
+    with pytest.raises(sdar.UserError, match=cause):
+        models.draw_tokens(torch.tensor([[-0.1, -2.0], [broken, broken]]), temperature, None)
+    assert models.draw_tokens(torch.tensor([[-math.inf, 0.0]]), 0, None).tolist() == [[1]]
 
 
 def test_the_committed_table_of_architectures_has_no_silent_error():
@@ -253,12 +261,13 @@ def test_siblings_see_through_the_windows_of_sliding_layers_as_far_as_they_would
         assert found[row] == pytest.approx(own_logp(slides.model, row.prompt_ids, row.response_ids).tolist(), abs=1e-5)
 
 
-def test_skills_count_among_the_positions_that_a_model_must_have(model_folder, tmp_path, capsys):
+def test_skills_count_among_the_positions_that_a_model_must_have(model_folder, tmp_path):
     cfg = config(model=altered(model_folder, tmp_path / "m", max_position_embeddings=400), max_prompt_tokens=300)
-    sdar.load_policy(cfg, {"a": "be kind", "b": "be brief"})
-    assert "warning" not in capsys.readouterr().err
-    sdar.load_policy(cfg, {"a": "be kind", "b": "be brief " * 100})
-    assert "was made for 400 positions, but --max_prompt_tokens, the skills" in capsys.readouterr().err
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sdar.load_policy(cfg, {"a": "be kind", "b": "be brief"})
+    with pytest.warns(RuntimeWarning, match="was made for 400 positions, but --max_prompt_tokens, the skills"):
+        sdar.load_policy(cfg, {"a": "be kind", "b": "be brief " * 100})
 
 
 def test_a_model_that_does_not_take_padding_on_the_left_is_refused(policy):

@@ -19,7 +19,7 @@ import envs
 import sdar
 from conftest import (
     CORPUS, QUESTIONS, assert_same_run, config, flags, interrupt_in, lines_of, refused, same, weights_of, written)
-from lib import models, retrieval, runs
+from lib import folders, models, retrieval, runs
 from lib.advice import advice
 
 
@@ -168,11 +168,13 @@ def test_a_run_trains_in_the_other_environments_and_logs_success_by_task_type(
 def test_a_retriever_that_is_down_is_counted_and_loses_no_step(model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(retrieval.Retriever.__init__.__kwdefaults__, "pause", 0.0)
     monkeypatch.setitem(envs.PARSERS, "search", lambda text, official=False: ("<search> lisbon </search>", True))
-    monkeypatch.setattr(retrieval.Retriever, "probe", lambda self: None)  # it goes down later
     run = tmp_path / "run"
+    arguments = flags(model_folder, run, env="search", retriever="http://127.0.0.1:9", steps=1, eval_every=0,
+                      eval_tasks=None)
+    refused(sdar.main, arguments, "Connection refused): start it, or give another address", capsys)
+    monkeypatch.setattr(retrieval.Retriever, "probe", lambda self: None)  # it goes down later
     with pytest.warns(RuntimeWarning, match="127.0.0.1"):
-        assert sdar.main(flags(model_folder, run, env="search", retriever="http://127.0.0.1:9", steps=1, eval_every=0,
-                               eval_tasks=None)) == 0
+        assert sdar.main(arguments) == 0
     (step,) = lines_of(run)
     assert step["rollout/errors"] == 12 and "errors 12" in capsys.readouterr().out
 
@@ -195,7 +197,7 @@ def test_settings_come_from_defaults_environment_model_preset_method_and_user_an
         assert sdar.in_environment(home, "search") == away and sdar.in_environment(away, "webshop") == home
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(3) as pool:  # at once, as three programs may
-        made = pool.map(lambda _: runs.create_run(sdar.make_config({"seed": 3}), "v", "webshop-sdar-3"), range(3))
+        made = pool.map(lambda _: folders.create_run(sdar.make_config({"seed": 3}), "v", "webshop-sdar-3"), range(3))
         assert sorted(map(str, made)) == [f"runs/webshop-sdar-3{number}" for number in ("", "-2", "-3")]
 
 

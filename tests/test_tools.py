@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -96,6 +97,12 @@ def test_bad_input_of_cloning_is_one_sentence(changes, culprit, model_folder, tm
     written(tmp_path / "rows", QUESTIONS | CORPUS)
     refused(clone.main, clone_flags("run", **{"model": model_folder} | changes), culprit, capsys)
     assert not Path("run").exists()
+
+
+def test_short_memory_in_cloning_names_flags_of_cloning_alone(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(clone, "clone_step", Mock(side_effect=MemoryError()))
+    refused(clone.main, clone_flags(tmp_path / "run", model=model_folder),
+            "not enough memory (MemoryError): lower --micro_tokens (now 4096, bounds an update). All whole", capsys)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,10 @@ from typing import NamedTuple
 import torch
 
 import sdar
-from lib import models, runs
+from lib import models
+from lib.checkpoints import save_checkpoint
+from lib.folders import ROOT
+from lib.program import UserError, describe
 
 LIMIT = 1e-5  # of a log-prob's difference, in nats
 LENGTHS = (9, 40, 90)  # of prompts: windows, chunks and indices below end within the longest
@@ -214,10 +217,10 @@ def train_faults(policy, cfg, folder, rows, limit):
         _, again = plain_step(sdar.load_policy(thrifty), thrifty, rows)
         if not (again - change).norm() <= 1e-3 * change.norm():
             faults.append("another step with --recompute")
-    except runs.UserError:
+    except UserError:
         pass  # it refuses --recompute in a sentence
     (folder / "run").mkdir()
-    saved = runs.save_checkpoint(folder / "run", policy.model, policy.chat.tokenizer,
+    saved = save_checkpoint(folder / "run", policy.model, policy.chat.tokenizer,
                                  sdar.make_optimizer(policy.model, cfg), 1)
     resumed, after = models.read_model(str(saved))[0].state_dict(), policy.model.state_dict()
     if resumed.keys() != after.keys() or not all(torch.equal(resumed[name], after[name]) for name in after):
@@ -233,7 +236,7 @@ def judge(name, folder):
         small_model(name, len(tokenizer)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     except Exception as error:  # a class that asks for other sizes: nothing is known about it
-        return Verdict("not made", models.describe(error))
+        return Verdict("not made", describe(error))
     try:
         cfg = settings(folder)
         policy = sdar.load_policy(cfg)
@@ -243,10 +246,10 @@ def judge(name, folder):
         limit = max(LIMIT, 4 * rounding)
         faults = [] if worst <= limit else [f"log-probs differ by {worst:.2g}, by rounding {rounding:.2g}"]
         faults += train_faults(policy, cfg, folder, rows, limit)
-    except runs.UserError as error:
+    except UserError as error:
         return Verdict("refused", str(error).replace(repr(str(folder)), name).replace(str(folder), name))
     except Exception as error:  # the very thing that this tool is to find
-        return Verdict("traceback", f"{type(error).__name__}: {models.describe(error)}")
+        return Verdict("traceback", describe(error))
     how = "siblings packed" if policy.packs else "a sequence per response"
     beyond = f" (its own rounding: {rounding:.1e})" if worst > LIMIT else ""
     return Verdict("wrong", "; ".join(faults)) if faults else Verdict("right", f"{worst:.1e}{beyond}, {how}")
@@ -308,7 +311,7 @@ def main(argv=None):
             verdicts[name] = judge(name, Path(folder))
         print(f"{name:28} {verdicts[name].kind:10} {verdicts[name].says}", flush=True)
     if not names:
-        (runs.ROOT / "docs" / "models.md").write_text(report(verdicts, time.perf_counter() - start))
+        (ROOT / "docs" / "models.md").write_text(report(verdicts, time.perf_counter() - start))
     return int(any(verdict.kind in ("wrong", "traceback") for verdict in verdicts.values()))
 
 

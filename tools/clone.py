@@ -22,8 +22,9 @@ from typing import NamedTuple
 import envs
 import kernels
 import sdar
-from lib import experts, models, runs
-from lib.runs import UserError
+from lib import experts, folders, models, runs
+from lib.checkpoints import step_of
+from lib.program import UserError, exit_status
 from lib.settings import Parser, add_options, changeable, check_values, option
 from lib.tasks import count_tasks, guard, reset_env, step_env
 
@@ -177,12 +178,12 @@ def run(cfg, policy, lessons_of, folder=None, checkpoint=None, command="python -
     """
     optimizer = sdar.make_optimizer(policy.model, cfg)
     if checkpoint:
-        done = runs.restore(checkpoint, optimizer)
-        runs.write_settings(folder, cfg, SETTINGS)
+        done = folders.restore(checkpoint, optimizer)
+        folders.write_settings(folder, cfg, SETTINGS)
     else:
-        folder, done = runs.create_run(cfg, sdar.__version__, f"{cfg.env}-clone-{cfg.seed}", SETTINGS), 0
+        folder, done = folders.create_run(cfg, sdar.__version__, f"{cfg.env}-clone-{cfg.seed}", SETTINGS), 0
     print(f"cloning into {folder}, {cfg.steps} steps on {policy.device}", flush=True)
-    with runs.Run(folder, policy.model, policy.chat.tokenizer, optimizer, cfg, done, command) as open_run:
+    with runs.Run(folder, policy.model, policy.chat.tokenizer, optimizer, cfg, done, command, FLAGS) as open_run:
         for step in range(done, cfg.steps):
             start = time.perf_counter()
             with runs.uninterrupted():  # drawing lessons too: tools.tiny changes the model there, once
@@ -208,7 +209,7 @@ def parse(argv, description, kind, flags, fixed=None):
     explicit = vars(parser.parse_args(argv))
     resume = explicit.pop("resume")
     if resume is not None:
-        cfg, folder, checkpoint = runs.reopen(resume, explicit, kind, changeable(kind), SETTINGS)
+        cfg, folder, checkpoint = folders.reopen(resume, explicit, kind, changeable(kind), SETTINGS)
         check_values(cfg)
         return cfg, folder, checkpoint
     return clone_config((fixed or {}) | explicit, kind), None, None
@@ -216,7 +217,7 @@ def parse(argv, description, kind, flags, fixed=None):
 
 def clone(argv):
     cfg, folder, checkpoint = parse(argv, __doc__, CloneConfig, FLAGS)
-    if checkpoint and runs.step_of(checkpoint) == cfg.steps and (folder / "tokenizer_config.json").is_file():
+    if checkpoint and step_of(checkpoint) == cfg.steps and (folder / "tokenizer_config.json").is_file():
         return print(f"{folder} is finished ({cfg.steps} steps); train it: {advice(cfg, folder)}")
     source = make_source(cfg)
     demonstrated_turns(source, random.Random(0))  # raises now if the tasks have no expert
@@ -233,7 +234,7 @@ def advice(cfg, folder):
 
 def main(argv=None, program=clone):
     """The command line. Returns the exit status; bad input is one sentence on standard error and status 2."""
-    return runs.exit_status(program, argv)
+    return exit_status(program, argv)
 
 
 if __name__ == "__main__":

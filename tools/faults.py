@@ -33,9 +33,9 @@ QUIET = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS":
 
 # What a patched child process does before main: `at_step` waits for a step's end, `fail` replaces the n-th call.
 PRELUDE = '''
-import math, os, resource, shutil, signal, sys
+import math, os, resource, shutil, signal, sys, time
 import sdar, eval as evaluation, envs, torch
-from lib import runs, folders
+from lib import retrieval, runs
 
 def at_step(number, do):
     finish = runs.Run.finish_step
@@ -54,9 +54,20 @@ def fail(where, name, call, error):
         return function(*args, **kwargs)
     setattr(where, name, failing)
 
-def nan_score(env, action, step=envs.WebShop.step):
-    observation, reward, terminated, truncated, info = step(env, action)
-    return observation, reward, terminated, truncated, info | {"score": math.nan}
+def step_at(call, act):
+    """The call-th step of a shop returns act(its answer)."""
+    step, calls = envs.WebShop.step, []
+    def odd_step(env, action):
+        calls.append(action)
+        answer = step(env, action)
+        return act(answer) if len(calls) == call else answer
+    envs.WebShop.step = odd_step
+
+def search_always():
+    """Every response is a search, and a failed one is tried again at once. The retriever goes down after the first."""
+    envs.PARSERS["search"] = lambda text, official=False: ("<search> lisbon </search>", True)
+    retrieval.Retriever.__init__.__kwdefaults__["pause"] = 0.0
+    retrieval.Retriever.probe = lambda retriever: None
 '''
 
 
@@ -419,8 +430,18 @@ def both_there(folder):
         whole(folder / "runs", name)
 
 
-def retriever(answer):
-    """A case's act: a run of Search-QA whose retriever answers each request with these bytes, then hangs up."""
+def retriever(answer, patch="", pause=0.0):
+    """A case's act: a run of Search-QA whose retriever answers each request with these bytes, then hangs up.
+
+    patch: code that the run's process executes first. pause: seconds before each byte.
+    """
+    def answer_slowly(connection):
+        with connection, contextlib.suppress(OSError):  # the client may go away
+            connection.recv(65536)
+            for byte in answer:
+                time.sleep(pause)
+                connection.sendall(bytes([byte]))
+
     def act(folder):
         server = socket.create_server(("127.0.0.1", 0))
 
@@ -430,15 +451,11 @@ def retriever(answer):
                     connection, _ = server.accept()
                 except OSError:
                     return
-                with connection:
-                    connection.recv(65536)
-                    connection.sendall(answer)
+                threading.Thread(target=answer_slowly, args=(connection,), daemon=True).start()
 
         threading.Thread(target=serve, daemon=True).start()
-        patch = ("envs.PARSERS['search'] = lambda text, official=False: ('<search> lisbon </search>', True)\n"
-                 "from lib import retrieval\nretrieval.Retriever.__init__.__kwdefaults__['pause'] = 0.0\n")
         try:
-            address = f"http://user:secret@127.0.0.1:{server.getsockname()[1]}"
+            address = f"http://user:secret@127.0.0.1:{server.getsockname()[1]}/retrieve?key=secret"
             return Forked(folder, flags(env="search", steps=1, retriever=address), patch=patch).done()
         finally:
             server.close()
@@ -461,6 +478,19 @@ COPY = ("--resume", "run")
 CONFIG = ("--config", "run/config.json")
 C_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 TWO_TASKS = ("tiny", "--tasks", "2", "--max_turns", "2", "--out", "e.json")
+
+NOT_JSON = b"HTTP/1.0 200 OK\r\n\r\n<html>"
+IMPATIENT = "retrieval.Retriever.__init__.__kwdefaults__['timeout'] = 0.3"
+WITH_NAN_SCORE = "(*answer[:4], answer[4] | {'score': math.nan})"
+ENVIRONMENT_FAULTS = [  # name, what a step does instead of returning its answer, words of the sentence, flags
+    ("that raises", "[].pop()", "IndexError: pop from empty list", {}),
+    ("that hangs", "time.sleep(60)", "within --env_timeout 0.5 seconds", {"env_timeout": 0.5}),
+    ("that exits", "sys.exit(3)", "SystemExit: 3", {}),
+    ("that changes the directory", "(os.chdir('/'), answer)[1]", "changed the working directory to /", {}),
+    ("that returns nothing", "None", "instead of a tuple of 5 values", {}),
+    ("that returns bytes", "(b'page', *answer[1:])", "are bytes and dict instead of str and dict", {}),
+    ("whose score is NaN", WITH_NAN_SCORE, "the score is nan instead of a finite number", {}),
+    ("whose score is NaN and pays", WITH_NAN_SCORE, "the score is nan instead of a finite number", {"reward": "score"})]
 
 CASES = [
     # signals, at moments drawn by their seeds
@@ -533,11 +563,9 @@ CASES = [
     Case("gradient becomes NaN", train(patch="loss = sdar.policy_loss\nsdar.policy_loss = lambda *a, **k: "
                                              "(loss(*a, **k)[0] * math.nan, {})"), says="gradient norm is nan"),
     Case("weights diverge", train(lr=1e30), says="."),
-    Case("score that is NaN", train(patch="envs.WebShop.step = nan_score", reward="score"), says="score of task"),
-    Case("score that is NaN and only logged", train(patch="envs.WebShop.step = nan_score"), (0,),
-         then=lambda folder: lines(folder / "run")),
-    Case("environment that raises", train(patch="fail(envs.WebShop, 'step', 20, RuntimeError('out of stock'))"),
-         says="out of stock", then=goes_on),
+    # environments
+    *(Case(f"environment {name}", train(patch=f"step_at(20, lambda answer: {act})", **more), says=says, then=goes_on)
+      for name, act, says, more in ENVIRONMENT_FAULTS),
     # output
     Case("reader of a run's output gone", piped(3, *flags()), (141,), "", goes_on),
     Case("reader of --help gone", piped(1, "--help"), (0, 141)),
@@ -581,8 +609,8 @@ CASES = [
     Case("hyphens in a flag", say("--group-size", "3"), says="--group_size", then=nothing_made),
     Case("word without a flag", say("webshop"), says="webshop"),
     Case("flag without a value", say("--steps"), says="--steps"),
-    Case("steps that are no number", train(steps="many"), says="--steps: 'many'", then=nothing_made),
-    Case("learning rate that is no number", train(lr="nan"), says="--lr", then=nothing_made),
+    Case("steps that are not a number", train(steps="many"), says="--steps: 'many'", then=nothing_made),
+    Case("learning rate that is not a number", train(lr="nan"), says="--lr", then=nothing_made),
     Case("seed of 80 digits", train(seed="9" * 80), says="--seed", then=nothing_made),
     Case("seed of 5,000 digits", train(seed="9" * 5000), says="--seed", then=nothing_made),
     Case("model that is not there", train(model="./nowhere"), says="nowhere", then=nothing_made),
@@ -594,10 +622,19 @@ CASES = [
     Case("data that is cut", after(
         put("d/items_shuffle.json", "[{"), put("d/items_ins_v2.json", "{}"), train(data="d")),
          says="items_shuffle.json", then=nothing_made),
-    # retriever, with a password that must stay in the command
-    *(Case(f"retriever that answers {name}", retriever(answer), (0,), "errors 8", has_no_password) for name, answer in {
+    # retriever, with a password and a key that must stay in the command
+    *(Case(f"retriever that answers {name}", retriever(answer, "search_always()"), (0,), "errors 8", has_no_password)
+      for name, answer in {
         "nothing": b"", "garbage": b"\x00garbage\r\n\r\n", "status 500": b"HTTP/1.0 500 No\r\n\r\n",
-        "no JSON": b"HTTP/1.0 200 OK\r\n\r\n<html>"}.items()),
+        "no JSON": NOT_JSON}.items()),
+    Case("retriever that answers a byte a second", retriever(NOT_JSON, "search_always()\n" + IMPATIENT, pause=1), (0,),
+         "errors 8", has_no_password),
+    Case("retriever that is slow from the start", retriever(NOT_JSON, IMPATIENT, pause=1), says="no answer in",
+         then=nothing_made),
+    Case("retriever that answers no JSON from the start", retriever(NOT_JSON), says="the answer is not of the form",
+         then=nothing_made),
+    Case("retriever that is not there", train(env="search", retriever="http://127.0.0.1:9"), says="127.0.0.1:9",
+         then=nothing_made),
     # evaluation
     Case("evaluation of nothing", say("run/checkpoint-9", program="eval"), says="checkpoint-9"),
     Case("evaluation into no folder", say("tiny", "--tasks", "2", "--out", "no/e.json", program="eval"), says="no"),

@@ -30,7 +30,8 @@ import torch
 import envs
 import kernels
 import sdar
-from lib import generated, retrieval, runs
+from lib import generated, retrieval
+from lib.folders import read_settings
 from lib.official import ALFWORLD_SPLITS, load_game, read_task
 from tools import bench_kernels
 
@@ -338,7 +339,7 @@ def measure_liger(n=64, d=128, v=1064):
 
 def evaluation_points(run):
     """A run folder -> its environment, method, seed, minutes of training and evaluations (step, sampled, greedy)."""
-    cfg = runs.read_settings(run, sdar.Config)
+    cfg = read_settings(run, sdar.Config)
     entries = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     points = [(e["step"], e["eval/success"], e["eval/greedy_success"]) for e in entries if "eval/success" in e]
     provenance = json.loads((Path(run) / "config.json").read_text())["provenance"]
