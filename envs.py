@@ -157,7 +157,7 @@ def read_answer(text, kinds, tags):
     kinds: of blocks that are allowed. A block is not blank and holds none of `tags`; a thought may hold any text
     about actions. ("", "") for every other answer.
     """
-    block = rf"(?i:<(?P<kind>{'|'.join(kinds)})>(?P<inner>((?!</?({'|'.join(tags)})>).)*)</(?P=kind)>)"
+    block = rf"(?ai:<(?P<kind>{'|'.join(kinds)})>(?P<inner>((?!</?({'|'.join(tags)})>).)*)</(?P=kind)>)"
     match = re.fullmatch(rf"\s*<think>((?!</?think>).)*</think>\s*{block}\s*", text, re.DOTALL)
     return (match["kind"].lower(), match["inner"].strip()) if match else ("", "")
 
@@ -1023,7 +1023,7 @@ def search_prompt(task, history, observation, admissible, skills=""):
 
 def tagged_blocks(text, tag):
     """The texts between <tag> and </tag>, with single spaces, in order."""
-    found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL | re.IGNORECASE)
+    found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL | re.IGNORECASE | re.ASCII)
     return [" ".join(inner.split()) for inner in found]
 
 
@@ -1044,8 +1044,8 @@ def parse_search(text, *, official=False):
     if not official:
         tag, inner = read_answer(text, ("search", "answer"), SEARCH_TAGS)
         return (f"<{tag}> {' '.join(inner.split())} </{tag}>", True) if inner else ("", False)
-    counts = {tag: len(re.findall(f"<{tag}>", text, re.IGNORECASE)) for tag in ("search", "answer")}
-    end = re.search("</search>", text, re.IGNORECASE) or re.search("</answer>", text, re.IGNORECASE)
+    counts = {tag: len(re.findall(f"<{tag}>", text, re.IGNORECASE | re.ASCII)) for tag in ("search", "answer")}
+    end = re.search("(?ai)</search>", text) or re.search("(?ai)</answer>", text)
     kept = text[:end.end()] if end else text
     blocks = [(tag, inner) for tag in ("search", "answer") for inner in tagged_blocks(kept, tag)]
     tag, inner = blocks[0] if blocks else ("", "")

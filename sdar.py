@@ -49,7 +49,7 @@ import envs
 import kernels
 from lib import agreement, folders, health, models, progress, runs
 from lib.episodes import episode_lines, write_step
-from lib.program import UserError, exit_status
+from lib.program import UserError, describe, exit_status
 from lib.settings import Parser, add_options, changeable, check_value, check_values, option, set_by_hand
 from lib.skills import Skills, read_skills
 from lib.tasks import Task, count_tasks, evaluation_set_hash, reset_env, step_env, stratified, types_of
@@ -98,7 +98,8 @@ def policy_loss(logp, old_logp, advantages, mask, *, num_tokens, clip=0.2, dual_
     with torch.no_grad():
         clip_fraction = (((ratio - 1).abs() > clip) * mask).sum() / num_tokens
         old_kl = (-log_ratio * mask).sum() / num_tokens
-    return (bounded * mask).sum() / num_tokens, {"grpo/clip_fraction": clip_fraction, "grpo/old_kl": old_kl}
+    loss = (bounded.masked_fill(mask == 0, 0.0) * mask).sum() / num_tokens
+    return loss, {"grpo/clip_fraction": clip_fraction, "grpo/old_kl": old_kl}
 
 
 def kl_loss(logp, ref_logp, mask, *, num_tokens):
@@ -129,7 +130,7 @@ def sdar_loss(logp, teacher_logp, mask, *, beta=5.0, num_tokens=None, surrogate=
     difference = (teacher_logp.detach() - logp).masked_fill(mask == 0, 0.0)
     with torch.no_grad():
         gap = difference.detach()  # eq. (4)
-        gate = torch.sigmoid(beta * gap) if gate is None else gate  # eq. (4)
+        gate = torch.sigmoid(beta * gap) if gate is None else gate.masked_fill(mask == 0, 0.0)  # eq. (4)
         weight = SURROGATES[surrogate](gap, gate)
         metrics = {
             "sdar/gap": (gap * mask).sum() / num_tokens,
@@ -698,6 +699,8 @@ def make_env(cfg, probe=False):
         return env
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
+    except (Exception, SystemExit) as error:  # of an environment that is not ours
+        raise UserError(f"The environment {cfg.env} cannot be made: {describe(error)}") from error
 
 
 def step_tasks(cfg, env, step):

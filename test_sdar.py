@@ -113,6 +113,12 @@ def test_one_advantage_per_row_is_broadcast_and_masked_tokens_count_nothing():
     assert row == sdar.policy_loss(logp, old, a[:, None].expand(3, 4), mask, num_tokens=20)[0]
     assert row != sdar.policy_loss(logp, old, a.flip(0), mask, num_tokens=20)[0]
     assert sdar.policy_loss(logp, old, a, mask, num_tokens=10)[0].item() == pytest.approx(2 * row.item())
+    for odd in (math.inf, math.nan):  # at masked places
+        wild = a[:, None].expand(3, 4).masked_fill(mask == 0, odd)
+        assert sdar.policy_loss(logp, old, wild, mask, num_tokens=20)[0] == row
+        gate = torch.full((3, 4), 0.5).double()
+        losses = [sdar.sdar_loss(logp, old, mask, gate=g)[0] for g in (gate, gate.masked_fill(mask == 0, odd))]
+        assert losses[0] == losses[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- eq. (3): KL

@@ -7,6 +7,7 @@ product inside the kernel). An architecture for which they differ would train on
 
 import dataclasses
 import inspect
+import math
 import re
 import warnings
 
@@ -16,6 +17,7 @@ from lib.models import attention_window, autocast, text_config
 from lib.program import UserError, describe
 
 LIMIT = 1e-3  # of a difference of log-probs in fp32, in nats, where logits have a standard deviation of 1
+LARGE = 100.0  # standard deviation of logits that are beyond every soft-cap in use (30 to 50)
 RESPONSE = 16  # tokens of a trial response, at most
 BUDGET = {"cpu": 3e9, "cuda": 2e13}  # operations that a trial forward pass may cost: less than a second for all of them
 
@@ -47,6 +49,7 @@ def check_model(policy, name, longest, sample, score):
         if not largest(logp - own) < LIMIT:
             raise UserError(f"{name} is not supported: log-probs in {doing} differ from the model's own by "
                             f"{largest(logp - own):.2g} (limit {LIMIT:g}), {SUSPECTS[doing]}.")
+    check_large_logits(exact, name, score, prompts[-1:], last[-1:], LARGE / temperature)
     reaches = tried >= longest or packs_at_any_length(text_config(policy.model), tried)
     packed = packed_logp(exact, score, prompts, ids, temperature) if reaches else None
     packs = packed is not None and largest(packed - own) < LIMIT
@@ -60,6 +63,26 @@ def check_model(policy, name, longest, sample, score):
         rounded = call_or_refuse(name, "bf16", own_logp, policy, prompts, last, temperature)
         check_rounding(name, logp - own, rounded - own)
     return largest(logp - own), packs
+
+
+def check_large_logits(policy, name, score, prompts, responses, growth):
+    """Raises UserError if trainer and model differ once the logits are large, as training may make them: a soft-cap
+    hides where they are small. The head's weight is scaled by a power of two, which can be undone exactly."""
+    factor = 2.0 ** max(0, round(math.log2(growth)))
+    weight = policy.model.get_output_embeddings().weight
+    with torch.no_grad():
+        weight.mul_(factor)
+    try:
+        temperature = call_or_refuse(name, "its own forward pass", logit_std, policy, prompts[0])
+        own = call_or_refuse(name, "its own forward pass", own_logp, policy, prompts, responses, temperature)
+        trained = call_or_refuse(name, "training", score, policy, prompts, responses, temperature)
+    finally:
+        with torch.no_grad():
+            weight.div_(factor)
+    if not largest(trained - own) < LIMIT:
+        raise UserError(f"{name} is not supported: with logits of the size {temperature:.0f}, log-probs in training "
+                        f"differ from the model's own by {largest(trained - own):.2g} (limit {LIMIT:g}), "
+                        f"{SUSPECTS['training']}.")
 
 
 def largest(differences):

@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 import re
+import warnings
 from datetime import datetime
 from pathlib import Path
 
@@ -100,6 +101,9 @@ def from_pretrained(path):
                         "give the model that they were made from.")
     if config.model_type in UNSUPPORTED:
         raise UserError(f"{path} cannot be trained: {UNSUPPORTED[config.model_type]}.")
+    if (Path(path) / "adapter_config.json").is_file():
+        raise UserError(f"{path} holds an adapter, which would be left out: merge it into its model (peft's "
+                        "merge_and_unload), save that, and give that folder.")
     tokenizer = AutoTokenizer.from_pretrained(path, **data_only)
     model, loading = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,  # check_weights names them
@@ -125,6 +129,9 @@ def check_weights(path, model, loading):
             instead = f" (and unknown: {shortened(unused)})" if unused else ""
             raise UserError(f"Weights in {path!r} {what}: {shortened(names)}{instead}. Repair the files, or give "
                             "another model or checkpoint.")
+    if loading["unexpected_keys"]:
+        warnings.warn(f"{path!r} holds weights that a model of its config.json does not use: "
+                      f"{shortened(loading['unexpected_keys'])}.", RuntimeWarning, stacklevel=3)
 
 
 def text_config(model):
@@ -137,6 +144,8 @@ def reset_settings(model):
     from transformers import GenerationConfig
     for config in (model.config, text_config(model)):
         config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+        if getattr(config, "output_router_logits", False):  # asks for a loss of its own, over labels
+            config.output_router_logits = False
     stored = model.generation_config
     kept = ("bos_token_id", "eos_token_id", "pad_token_id")  # nothing else is used: sdar.py samples by itself
     model.generation_config = GenerationConfig(**{name: getattr(stored, name, None) for name in kept})
@@ -196,6 +205,8 @@ class Chat:
             raise UserError(f"The chat template of {self.name} does not take {roles}: {describe(error)}") from error
 
     def encode(self, text, control=False):
+        if not text.isascii():
+            text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # half a surrogate pair, which is no character
         return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"])
 
     def ends(self, ids, count):

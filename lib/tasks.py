@@ -57,7 +57,11 @@ def stratified(types, count):
 def types_of(env, split):
     """The task type of each of a split's tasks; "" for all where an environment can only count them."""
     if hasattr(env, "types_of"):
-        return listed(env.types_of, split)
+        types = listed(lambda split: list(env.types_of(split)), split)
+        if not all(isinstance(kind, str) for kind in types):
+            raise UserError(f"The tasks of split {split!r} cannot be listed: types_of gives {types!r:.100} instead of "
+                            "texts.")
+        return types
     return [""] * count_tasks(env, split)
 
 
@@ -100,7 +104,7 @@ def guard(task, doing, call, *args, seconds=0.0, **kwargs):
         if working_folder() != folder:
             raise BadAnswer(f"it changed the working directory to {working_folder()}, where nothing would be found")
         return result
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, GeneratorExit, NoAnswer) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"The environment failed on task {task.task_id} of split {task.split!r} ({doing}): "
@@ -118,21 +122,25 @@ def working_folder():
 
 @contextlib.contextmanager
 def alarm(seconds):
-    """Raises TimeoutError in the block after so many seconds."""
+    """Raises NoAnswer in the block after so many seconds, and each second after that, should the block catch it."""
     if not seconds or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ring(*_):
-        raise TimeoutError(f"no answer within --env_timeout {seconds:g} seconds")
+        raise NoAnswer(f"no answer within --env_timeout {seconds:g} seconds")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+class NoAnswer(BaseException):
+    """Not an Exception, which an environment that tries again may catch."""
 
 
 class BadAnswer(ValueError):
@@ -165,6 +173,10 @@ def checked(answer, size):
             raise BadAnswer(f"its info has no {name!r}")
         if not isinstance(info[name], kind):
             raise BadAnswer(f"info[{name!r}] is {info[name]!r:.100}, which is not of type {NAMES[kind]}")
+    if not all(isinstance(action, str) for action in info["admissible"] or ()):
+        raise BadAnswer(f"info['admissible'] is {info['admissible']!r:.100} instead of texts")
+    if not isinstance(info.get("retriever_errors", 0), int):
+        raise BadAnswer(f"info['retriever_errors'] is {info['retriever_errors']!r:.100} instead of a whole number")
     reward, *ended = middle or [0.0]
     for name, value in {"score": info["score"], "reward": reward}.items():
         if not isinstance(value, Real) or not math.isfinite(value):

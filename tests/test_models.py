@@ -214,14 +214,16 @@ def test_the_token_that_ends_an_answer_in_the_template_ends_a_response(end, toke
     assert models.end_of_turn_ids(policy.model, chat) == expected
 
 
-@pytest.mark.parametrize("kind, words", [("bias", "more than a matrix"), ("scale", "more than a matrix")])
+@pytest.mark.parametrize("kind, words", [("bias", "more than a matrix"), ("scale", "more than a matrix"),
+                                         ("soft-cap", "with logits of the size")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_head_that_is_more_than_a_matrix_is_refused(kind, words, dtype, policy):
     model = copy.deepcopy(policy.model)
     if kind == "bias":
         model.lm_head.bias = torch.nn.Parameter(torch.arange(600) / 600)
     else:
-        model.lm_head.register_forward_hook(lambda head, hidden, logits: 0.5 * logits)
+        heads = {"scale": lambda logits: 0.5 * logits, "soft-cap": lambda logits: 300 * torch.tanh(logits / 300)}
+        model.lm_head.register_forward_hook(lambda head, hidden, logits: heads[kind](logits))
     autocast = dtype == "bfloat16"
     with pytest.raises(sdar.UserError, match=words):
         sdar.check_model(dataclasses.replace(policy, model=model, autocast=autocast), config())
@@ -234,6 +236,17 @@ def test_no_token_is_drawn_from_log_probs_that_are_not_finite(temperature, cause
     with pytest.raises(sdar.UserError, match=cause):
         models.draw_tokens(torch.tensor([[-0.1, -2.0], [broken, broken]]), temperature, None)
     assert models.draw_tokens(torch.tensor([[-math.inf, 0.0]]), 0, None).tolist() == [[1]]
+
+
+def test_a_start_changes_no_weight_and_says_which_weights_of_a_folder_are_not_used(policy, model_folder, tmp_path):
+    assert all(torch.equal(w, weights_of(model_folder)[name]) for name, w in policy.model.state_dict().items()
+               if name in weights_of(model_folder))
+    more = altered(model_folder, tmp_path / "m", weights=lambda w: w | {"model.layers.9.x": torch.ones(1)})
+    with pytest.warns(RuntimeWarning, match="does not use: model.layers.9.x"):
+        models.read_model(more)
+    adapted = altered(model_folder, tmp_path / "a", "adapter_config.json", peft_type="LORA")
+    with pytest.raises(sdar.UserError, match="holds an adapter.*merge it"):
+        models.read_model(adapted)
 
 
 def test_the_committed_table_of_architectures_has_no_silent_error():

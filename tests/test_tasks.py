@@ -1,4 +1,5 @@
 """Generated tasks, which every version must make alike, and the scripted players, which win or lose them."""
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -131,6 +132,16 @@ class Odd(envs.WebShop):
         return self.act()
 
 
+def try_again():
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(60)
+
+
+def raises(error):
+    raise error
+
+
 def info(**changes):
     return "page", 0.0, False, False, {key: value for key, value in (ANSWER[1] | changes).items() if value is not ...}
 
@@ -138,6 +149,9 @@ def info(**changes):
 @pytest.mark.parametrize("act, why", [
     (lambda: time.sleep(60), "no answer within --env_timeout 0.3 seconds"),
     (lambda: [None for _ in iter(int, 1)], "no answer within --env_timeout 0.3 seconds"),
+    (lambda: try_again(), "no answer within --env_timeout 0.3 seconds"),
+    (lambda: info(admissible=[1]), "instead of texts"), (lambda: raises(GeneratorExit()), "GeneratorExit"),
+    (lambda: info(retriever_errors="many"), "is 'many' instead of a whole number"),
     (lambda: sys.exit(3), "SystemExit: 3"), (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
     (lambda: (os.chdir("/"), info())[1], "it changed the working directory to /, where nothing would be found"),
     (lambda: None, "it returned None instead of a tuple of 5 values"), (lambda: ANSWER, "instead of a tuple of 5"),
@@ -157,7 +171,8 @@ def test_whatever_an_environment_does_wrong_is_one_sentence_that_names_the_task(
 
 
 def test_an_answer_of_the_right_types_is_taken_as_it_is_numpys_included(policy, monkeypatch):
-    right = "page", np.float32(0), np.False_, True, ANSWER[1] | {"won": np.True_, "score": 1, "admissible": ("look",)}
+    info = ANSWER[1] | {"won": np.True_, "score": 1, "admissible": ("look",)}
+    right = "half a pair \ud800", np.float32(0), np.False_, True, info
     monkeypatch.setattr(Odd, "act", staticmethod(lambda: right))
     episode, = sdar.rollout(policy, [Odd()], [sdar.Task("train", 7, 0)], config(env_timeout=0.0))
     assert (episode.won, episode.score, episode.done, len(episode.turns)) == (True, 1, False, 1)
@@ -169,6 +184,9 @@ def test_an_answer_of_the_right_types_is_taken_as_it_is_numpys_included(policy, 
 def test_splits_and_task_types_that_are_not_there_are_a_sentence():
     with pytest.raises(sdar.UserError, match="split 'moon' cannot be listed: WebShop has no split 'moon'"):
         sdar.evaluation_tasks(config(eval_split="moon"), envs.make("webshop"))
+    for odd in (None, [None, "a"]):
+        with pytest.raises(sdar.UserError, match="cannot be listed"):
+            tasks.types_of(types.SimpleNamespace(types_of=lambda split, odd=odd: odd), "val")
     counted = types.SimpleNamespace(num_tasks=lambda split: 3)
     listed = types.SimpleNamespace(types_of=lambda split: "aab")
     assert tasks.types_of(counted, "val") == [""] * 3 and tasks.count_tasks(listed, "val") == 3
