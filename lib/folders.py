@@ -17,11 +17,20 @@ from importlib import metadata
 from pathlib import Path
 
 from lib.checkpoints import (
-    SEAL, checkpoints, fault, foreign, has_a_checkpoints_name, is_checkpoint, load_state, newest_intact, recover, sealed,
-    step_of)
+    SEAL,
+    checkpoints,
+    fault,
+    foreign,
+    has_a_checkpoints_name,
+    is_checkpoint,
+    load_state,
+    newest_intact,
+    recover,
+    sealed,
+    step_of,
+)
 from lib.episodes import step_file, steps_written
-from lib.program import (
-    AT_END, UserError, check_regular, optional, to_json, try_lock, without_secrets, write_atomically)
+from lib.program import AT_END, UserError, check_regular, optional, to_json, try_lock, without_secrets, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # --report_to: module

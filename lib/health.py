@@ -116,5 +116,5 @@ def check_finite(norm, model, metrics):
     elif not_finite("grpo/loss"):
         cause = f"an advantage or a log-ratio is not finite (loss {metrics['grpo/loss']})"
     else:
-        cause = "it overflows in the backward pass: lower --lr, or use --dtype float32"
+        cause = "it overflows in the backward pass: use --dtype float32, or start a new run with a lower --lr"
     raise UserError(f"The gradient norm is {norm}, since {cause}. This step changed nothing.")

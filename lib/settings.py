@@ -8,7 +8,6 @@ import textwrap
 
 from lib.program import UserError, lacks_secrets
 
-
 LARGEST = {int: 2**40, float: 1e9}  # settings that fp32 and 64-bit integers hold, products of a few of them too
 
 
