@@ -154,7 +154,7 @@ def test_a_model_that_samples_nothing_more_is_saved_beside_the_one_before_which_
         return result
 
     monkeypatch.setattr(sdar, "train_step", spoiled)
-    refused(sdar.main, flags(model_folder, run, eval_every=0, eval_tasks=None, keep=1),
+    refused(sdar.main, flags(model_folder, run, eval_every=0, eval_tasks=None, keep=1, save_every=2),
             f"checkpoint-3 holds this model; python sdar.py --resume {run}/checkpoint-2 goes on", capsys)
     monkeypatch.undo()
     assert resume(run / "checkpoint-2") == 0
