@@ -22,6 +22,9 @@ from lib import checkpoints, folders, health, program, results, retrieval, runs,
 from tools import clone, faults, tiny
 
 
+CASES = json.loads(Path(__file__).with_name("cases.json").read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="module")
 def straight(model_folder, tmp_path_factory):
     """A run of four short steps that has kept every checkpoint."""
@@ -71,6 +74,9 @@ def test_without_an_intact_checkpoint_or_the_needed_reference_a_resume_is_refuse
     for damage in (faults.flip, faults.remove):
         damage(run / "checkpoint-0" / "model.safetensors")
         refused(sdar.main, ["--resume", str(run)], "checkpoint-0/model.safetensors is", capsys)
+    of_another_run(run / "checkpoint-0")
+    refused(sdar.main, ["--resume", str(run)], "checkpoint-0 is of another run", capsys)
+    reseal(settings=json.loads((run / "config.json").read_text()))(run / "checkpoint-0")
     for step in (1, 3):
         faults.empty(run / f"checkpoint-{step}" / "state.pt")
     refused(sdar.main, ["--resume", str(run)], "checkpoint-3/state.pt has 0 bytes instead", capsys)
@@ -103,25 +109,16 @@ def of_another_run(checkpoint):
     reseal(settings=stored["settings"] | {"seed": 7})(checkpoint)
 
 
-def renamed(checkpoint):
-    shutil.rmtree(checkpoint)
-    shutil.copytree(checkpoint.with_name("checkpoint-1"), checkpoint)
-
-
 @pytest.mark.parametrize("how, why", [
     (of_another_run, r"checkpoint-4 is of another run \(--seed is 7 there, and 0"), (reseal(files={}), "is damaged"),
-    (renamed, "saved under, checkpoint-1"), (reseal(settings=None), "is damaged"), (reseal(settings={}), "another run"),
+    (lambda path: (shutil.rmtree(path), shutil.copytree(path.with_name("checkpoint-1"), path)), "saved under"),
+    (reseal(settings=None), "is damaged"), (reseal(settings={}), "another run"),
     (lambda path: (path / "run.json").unlink() or os.mkfifo(path / "run.json"), "run.json is a device or a FIFO")])
 def test_a_checkpoint_that_is_not_this_runs_own_is_named_and_the_one_before_is_taken(how, why, run, straight):
     how(run / "checkpoint-4")
     with pytest.warns(RuntimeWarning, match=why):
         assert resume(run) == 0
     assert_same_run(run, straight)
-
-
-def test_a_reference_model_of_another_run_is_refused(run, capsys):
-    of_another_run(run / "checkpoint-0")
-    refused(sdar.main, ["--resume", str(run)], "checkpoint-0 is of another run", capsys)
 
 
 def test_a_checkpoint_is_found_by_a_link_and_from_within_and_a_copy_beside_it_is_refused(
@@ -294,11 +291,12 @@ def test_a_gradient_that_is_not_finite_names_its_cause(metrics, cause, policy):
     health.check_finite(1.0, policy.model, metrics)
 
 
-def test_weights_that_are_not_finite_are_named():
+@pytest.mark.parametrize("value, cause", [(math.nan, "infinity .weight"), (-2e9, "grown to 2e.09: .* --weight_decay")])
+def test_weights_that_are_not_finite_or_too_large_are_named(value, cause):
     model = torch.nn.Linear(2, 2)
-    model.weight.data[0, 0] = math.nan
-    with pytest.raises(runs.UserError, match="weight"):
-        health.check_finite(math.inf, model, {})
+    model.weight.data[0, 0] = value
+    with pytest.raises(runs.UserError, match=cause):
+        health.check_finite(math.inf, model, {"grpo/entropy": math.nan})
 
 
 def test_step_lines_fit_100_columns_with_everything_in_them():
@@ -502,31 +500,18 @@ def test_a_result_with_missing_keys_or_wrong_kinds_is_refused_by_name(changes, w
     refused(evaluation.main, ["--compare", good, bad], why, capsys)
 
 
-TURN = {"observation": "o", "text": "t", "valid": True, "stop": "end", "gap": [0.5]}
-
-
-@pytest.mark.parametrize("changes, why", [
-    ({"score": "high"}, "score of episode 1 is 'high'"), ({"turns": [{}]}, "turn 1 of episode 1 has no observation"),
-    ({"turns": 3}, "turns of episode 1 is 3"), ({"score": 10**400}, "score of"), ({"turns": [3]}, "turn 1 of"),
-    ({"turns": [TURN | {"gap": ["wide"]}]}, "gap of turn 1"), ({"turns": [TURN, TURN | {"stop": 1}]}, "stop of turn 2"),
-    ({"task": None}, "task of episode 1"), ({"score": None}, "score of"), ({"turns": [TURN | {"gap": 1}]}, "gap of")])
+@pytest.mark.parametrize("changes, why", [*CASES["printed episodes"], ({"score": 10**400}, "score of episode 1 is 1")])
 def test_an_episode_of_wrong_kinds_is_refused_by_name(changes, why, tmp_path, capsys):
-    whole = {"task": "t", "won": True, "score": 1.0, "turns": [TURN]}
+    turn = {"observation": "o", "text": "t", "valid": True, "stop": "end", "gap": [0.5]}
+    whole = {"task": "t", "won": True, "score": 1.0, "turns": [turn]}
     for path, episode in ((tmp_path / "good", whole), (tmp_path / "bad", whole | changes)):
         path.write_text(json.dumps(episode))
     assert evaluation.main(["--show", str(tmp_path / "good")]) == 0
     refused(evaluation.main, ["--show", str(tmp_path / "bad")], why, capsys)
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["--compare", "/dev/zero", "/dev/zero"], "/dev/zero is a device"), (["tiny", "--out", "/dev/full"], "is a device"),
-    (["tiny", "--out", "taken.json"], "taken-episodes.jsonl is a folder"), (["--show", "pipe"], "pipe is a device"),
-    (["tiny", "--out", "run"], "run is a folder"), ([""], "MODEL is empty"), (["--show", ""], "--show is empty"),
-    (["--compare", "a", ""], "--compare is empty"), (["tiny", "--out", ""], "--out is empty"),
-    (["--show", "run/config.json"], "give a run folder, --show {}/run,"), (["--show", "run/new"], "--show {}/run,"),
-    (["--show", "run/done"], "--show run/done/eval.json"), (["--show", "taken"], "--show RUN")])
-def test_what_eval_cannot_read_or_replace_is_named_at_once_with_what_to_give(
-        arguments, says, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("arguments, says", CASES["evaluations"])
+def test_what_eval_cannot_use_is_named_at_once_with_what_to_give(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("run/episodes", "run/new", "run/done", "taken-episodes.jsonl", "taken"):
         Path(name).mkdir(parents=True)
