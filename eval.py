@@ -40,7 +40,7 @@ import envs
 import sdar
 from lib import folders, runs
 from lib.episodes import episode_lines, episodes_beside, show
-from lib.program import UserError, exit_status
+from lib.program import UserError, check_regular, exit_status
 from lib.results import FORMAT, read_result, write_result
 from lib.settings import Parser, add_options, number
 from lib.tasks import evaluation_set_hash
@@ -195,6 +195,7 @@ def free_to_write(out, settings):
     """Raises UserError unless `out` can be written without losing a result of other settings."""
     if not out.parent.is_dir():
         raise UserError(f"There is no folder {out.parent} for the result: make it, or choose another with --out.")
+    check_regular(episodes_beside(out), "choose another with --out")
     if out.exists():
         unlike = changes(read_result(out), settings)
         if unlike:

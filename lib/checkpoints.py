@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from lib.program import UserError, crc32, describe, to_json
+from lib.program import UserError, check_regular, crc32, describe, to_json
 
 SEAL = "run.json"  # written last: a folder without it is not a checkpoint
 
@@ -29,6 +29,10 @@ def step_of(checkpoint):
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def has_a_checkpoints_name(folder):
+    return re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", folder.name, re.ASCII) is not None
+
+
 def is_checkpoint(folder):
     return (folder / "state.pt").is_file() or (folder / SEAL).is_file()
 
@@ -36,7 +40,7 @@ def is_checkpoint(folder):
 def checkpoints(run):
     """Checkpoint folders of a run, oldest first, damaged ones too."""
     found = [path for path in Path(run).glob("checkpoint-*")
-             if re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name) and is_checkpoint(path)]
+             if has_a_checkpoints_name(path) and is_checkpoint(path)]
     return sorted(found, key=step_of)
 
 
@@ -44,9 +48,11 @@ def sealed(checkpoint):
     """What its run.json says, {"step", "settings", "files": {name: [bytes, CRC-32]}}. Raises UserError without one."""
     path = checkpoint / SEAL
     try:
+        check_regular(path, "copy the checkpoint's own back")
         stored = json.loads(path.read_text(encoding="utf-8"))
         if (isinstance(stored["step"], int) and isinstance(stored["settings"], dict | None)
-                and all(len(one) == 2 for one in stored["files"].values())):
+                and all(len(one) == 2 for one in stored["files"].values())
+                and {"state.pt", "config.json"} <= stored["files"].keys()):
             return stored
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
@@ -74,11 +80,27 @@ def fault(checkpoint, ending=""):
         return f"{error.filename} cannot be read ({error.strerror})"
 
 
-def newest_intact(candidates):
-    """Checkpoints, oldest first -> (the newest without a fault, or None; the faults of newer ones)."""
+def foreign(checkpoint, settings):
+    """Why an intact checkpoint is not what this run saved under this name, a clause, or None.
+
+    settings: those that no resume changes, which the run's checkpoints carry; {} for a run whose checkpoints have none.
+    """
+    stored = sealed(checkpoint)
+    if stored["step"] != step_of(checkpoint):
+        return f"{checkpoint} has another name than it was saved under, checkpoint-{stored['step']}"
+    theirs = stored["settings"] or {}
+    unlike = next((name for name in settings if name not in theirs or theirs[name] != settings[name]), None)
+    if unlike:
+        there = theirs.get(unlike, "not stored")
+        return f"{checkpoint} is of another run (--{unlike} is {there} there, and {settings[unlike]} in config.json)"
+
+
+def newest_intact(candidates, settings):
+    """Checkpoints, oldest first -> (the newest without a fault, or None; the faults of newer ones). settings: those
+    that all checkpoints of the run have in common, as in `foreign`."""
     faults = []
     for checkpoint in reversed(candidates):
-        found = fault(checkpoint)
+        found = fault(checkpoint) or foreign(checkpoint, settings)
         if found is None:
             return checkpoint, faults
         faults.append(found)

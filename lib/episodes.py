@@ -8,9 +8,13 @@ with a teacher, the gap and gate of each token.
 
 import json
 import re
+import shlex
 from pathlib import Path
 
-from lib.program import UserError, describe, to_json
+from lib.program import UserError, check_regular, describe, is_of_kind, mismatch, to_json
+
+EPISODE = {"task": str, "won": (bool, int), "score": (int, float), "turns": list}  # what is printed of an episode
+TURN = {"observation": str, "text": str, "valid": bool, "stop": str}
 
 
 def episode_lines(chat, readable, episodes, *, skills=None, rows=(), gaps=(), **more):
@@ -58,6 +62,7 @@ def write_step(run, step, every, lines):
     """Writes the episodes of a step, 1, 2, ..: the first and every so many stay, and those of the last step."""
     path = step_file(run, step)
     path.parent.mkdir(exist_ok=True)
+    check_regular(path, "move it away")
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(lines)
     if (step - 2) % every and step > 1:  # whether the one before was there as the last only
@@ -76,28 +81,54 @@ def find_episodes(source, step=None):
     path = Path(source)
     if path.is_dir():
         steps = steps_written(path)
-        if not steps or step is not None and step not in steps:
-            raise UserError(f"{path} holds no episodes{'' if step is None else f' of step {step}'}; it has those of "
-                            f"{', '.join(map(str, steps)) or 'no step'}.")
+        if not steps:
+            raise UserError(f"{path} holds no episodes: {other_place(path)}.")
+        if step is not None and step not in steps:
+            raise UserError(f"{path} holds no episodes of step {step}; it has those of {', '.join(map(str, steps))}.")
         return step_file(path, steps[-1] if step is None else step)
     if step is not None:
         raise UserError(f"--step goes with a run folder, and {path} is a file: leave it out.")
-    return episodes_beside(path) if path.suffix == ".json" else path
+    if path.suffix != ".json":
+        return path
+    if not episodes_beside(path).exists():
+        raise UserError(f"There is no {episodes_beside(path).name} beside {path}: {other_place(path)}.")
+    return episodes_beside(path)
+
+
+def other_place(path):
+    """Where episodes are that `path`, a folder or file without any, may have been given for, in words."""
+    if (path / "eval.json").is_file():
+        return f"give its result, --show {shlex.quote(str(path / 'eval.json'))}"
+    run = path.absolute().parent if steps_written(path.absolute().parent) else "RUN"
+    return f"give a run folder, --show {shlex.quote(str(run))}, or a result of eval.py"
 
 
 def read_episodes(path):
     """Yields the episodes of a file. Raises UserError if it cannot be read, or a line is not an episode."""
     try:
+        check_regular(path)
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 episode = json.loads(line)
-                if not isinstance(episode, dict) or not {"task", "won", "score", "turns"} <= episode.keys():
-                    raise ValueError("it lacks task, won, score or turns")
+                wrong = what_is_wrong(number, episode)
+                if wrong:
+                    raise ValueError(wrong)
                 yield number, episode
     except OSError as error:
         raise UserError(f"The episodes in {path} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a file of episodes: {describe(error)}") from error
+
+
+def what_is_wrong(number, episode):
+    """Why a JSON value is not an episode that can be printed, a clause, or None."""
+    wrong = mismatch(f"episode {number}", episode, EPISODE)
+    for count, turn in enumerate([] if wrong else episode["turns"], 1):
+        wrong = wrong or mismatch(f"turn {count} of episode {number}", turn, TURN)
+        gap = [] if wrong else turn.get("gap", [])
+        if not isinstance(gap, list) or not all(is_of_kind(one, (int, float)) for one in gap):
+            wrong = f"gap of turn {count} of episode {number} is {gap!r}"[:200]
+    return wrong
 
 
 def episode_text(number, episode):

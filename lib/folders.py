@@ -16,9 +16,21 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-from lib.checkpoints import checkpoints, is_checkpoint, load_state, newest_intact, recover, sealed, step_of
+from lib.checkpoints import (
+    SEAL,
+    checkpoints,
+    fault,
+    foreign,
+    has_a_checkpoints_name,
+    is_checkpoint,
+    load_state,
+    newest_intact,
+    recover,
+    sealed,
+    step_of,
+)
 from lib.episodes import step_file, steps_written
-from lib.program import AT_END, UserError, optional, to_json, try_lock, without_secrets, write_atomically
+from lib.program import AT_END, UserError, check_regular, optional, to_json, try_lock, without_secrets, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # --report_to: module
@@ -62,6 +74,7 @@ def create_run(cfg, version, stem="run", name="config.json"):
     run = Path(cfg.out)
     make_folder(run)
     lock(run)
+    check_files(run)
     if checkpoints(run):
         raise UserError(f"{run} already holds a run: go on with it by --resume {shlex.quote(str(run))}, or choose "
                         "another with --out.")
@@ -75,6 +88,14 @@ def create_run(cfg, version, stem="run", name="config.json"):
     except OSError as error:
         raise unwritable(run, error) from error
     return run
+
+
+def check_files(run):
+    """Raises UserError where a run could not write to the files of a run folder, or would wait for ever."""
+    for name in ("config.json", "metrics.jsonl", "curve.png"):
+        check_regular(run / name, "move it away")
+    if (run / "episodes").exists() and not (run / "episodes").is_dir():
+        raise UserError(f"{run / 'episodes'} is a file, where a run has a folder: move it away.")
 
 
 def make_folder(run, exist_ok=True):
@@ -154,8 +175,14 @@ def read_settings(run, kind, name="config.json"):
 
 def settings_in(path, kind):
     """The settings in a file of ours, such as config.json -> kind(**settings). Raises UserError."""
+    path = Path(path)
     try:
-        return to_settings(json.loads(Path(path).read_text(encoding="utf-8")), kind)
+        check_regular(path, "give the config.json of a run folder")
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(stored, dict) and "provenance" not in stored:
+            raise UserError(f"{path} holds no settings of a run (no provenance): give the config.json of a run folder; "
+                            "a model is given by --model.")
+        return to_settings(stored, kind)
     except OSError as error:
         raise UserError(f"The settings {path} cannot be read ({error.strerror}).") from error
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
@@ -205,13 +232,18 @@ def reopen(folder, explicit, kind, changeable, name="config.json"):
     explicit setting outside `changeable` differs, too.
     """
     run, wanted = Path(folder), None
-    if folder and is_checkpoint(run):
-        run, wanted = run.parent, run
+    if is_checkpoint(run):
+        wanted = run if has_a_checkpoints_name(run) else run.resolve()  # a link to one, or "."
+        run = wanted.parent
         if not is_run(run, name):
             raise UserError(f"{wanted} is a checkpoint outside its run folder, so there is no run to go on with: start "
                             "a new one from it with --model.")
+        if not has_a_checkpoints_name(wanted):
+            raise UserError(f"{folder} is not named as a run names its checkpoints, checkpoint-<step>: give it that "
+                            f"name, or go on from the newest by --resume {shlex.quote(str(run))}.")
     cfg = read_settings(run, kind, name)
     lock(run)
+    check_files(run)
     cfg.out = str(run)
     for setting, value in explicit.items():
         stored = getattr(cfg, setting)
@@ -223,22 +255,34 @@ def reopen(folder, explicit, kind, changeable, name="config.json"):
         if setting != "out":
             setattr(cfg, setting, value)
     recover(run)
-    checkpoint = choose_checkpoint(run, wanted)
+    checkpoint = choose_checkpoint(run, wanted, fixed_settings(run, changeable))
     if cfg.steps < step_of(checkpoint):
         raise UserError(f"--steps {cfg.steps} is less than the {step_of(checkpoint)} steps that {checkpoint} already "
                         "has: raise it.")
     return cfg, run, checkpoint
 
 
-def choose_checkpoint(run, wanted=None):
-    """The newest intact checkpoint, with a warning for each newer one; or the wanted one. Raises UserError."""
+def fixed_settings(run, changeable):
+    """What each checkpoint of a run carries of the run's config.json and no resume changes; {} without config.json."""
+    return {name: value for name, value in (stored_settings(run) or {}).items()
+            if name not in changeable and name not in ("out", "provenance")}
+
+
+def choose_checkpoint(run, wanted, settings):
+    """The newest intact checkpoint, with a warning for each newer one; or the wanted one. Raises UserError.
+
+    settings: see fixed_settings. A checkpoint-0 of another run is an error, too: the reference model is read from it.
+    """
+    first = run / "checkpoint-0"
+    if is_checkpoint(first) and not fault(first, SEAL) and foreign(first, settings):
+        raise UserError(f"{foreign(first, settings)}: copy the run's own back, or start a new run.")
     candidates = [wanted] if wanted else checkpoints(run)
     if not candidates:
         raise UserError(f"{run} holds no checkpoint yet: start it again without --resume.")
     size = sum(path.stat().st_size for path in candidates[-1].iterdir())
     if size > 4e9:  # a second and more
         print(f"checking the {size / 1e9:.0f} GB of {candidates[-1]} ...", flush=True)
-    checkpoint, faults = newest_intact(candidates)
+    checkpoint, faults = newest_intact(candidates, settings)
     if checkpoint is None:
         advice = f"--resume {shlex.quote(str(run))} takes the newest that is intact" if wanted else "start a new run"
         raise UserError(f"No run can go on from {candidates[-1]}, since {faults[0]}: {advice}.")

@@ -106,6 +106,8 @@ def check_finite(norm, model, metrics):
     not_finite = lambda name: not math.isfinite(metrics.get(name, 0.0))
     if broken:
         cause = f"the weights hold NaN or infinity ({broken}): start again with a lower --lr"
+    elif (largest := max(float(p.detach().abs().max()) for p in model.parameters())) > 1e6:  # products overflow
+        cause = f"the weights have grown to {largest:.0e}: start a new run with a lower --lr or --weight_decay"
     elif not_finite("grpo/entropy"):
         cause = "the model's own log-probs overflow: use --dtype float32"
     elif not_finite("sdar/gap"):
@@ -116,5 +118,5 @@ def check_finite(norm, model, metrics):
     elif not_finite("grpo/loss"):
         cause = f"an advantage or a log-ratio is not finite (loss {metrics['grpo/loss']})"
     else:
-        cause = "it overflows in the backward pass: lower --lr, or use --dtype float32"
+        cause = "it overflows in the backward pass: use --dtype float32, or start a new run with a lower --lr"
     raise UserError(f"The gradient norm is {norm}, since {cause}. This step changed nothing.")

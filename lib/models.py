@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.checkpoints import checkpoints, fault
 from lib.folders import ROOT, is_run
-from lib.program import UserError, describe
+from lib.program import Diverged, UserError, describe
 
 TINY = ROOT / "data" / "tiny"
 
@@ -312,8 +312,8 @@ def draw_tokens(logprobs, temperature, noises):
     Raises UserError if the log-probs have diverged.
     """
     if not logprobs.amax(-1).isfinite().all():  # NaN anywhere, or nothing but -inf
-        raise UserError("No token can be sampled, as the model's log-probs are not finite: "
-                        f"{cause_of_nan(temperature)}.")
+        raise Diverged("No token can be sampled, as the model's log-probs are not finite: "
+                       f"{cause_of_nan(temperature)}.")
     if temperature == 0:
         return logprobs.argmax(-1, keepdim=True)
     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # [B, V]

@@ -18,6 +18,10 @@ class UserError(Exception):
     """Bad input: printed as one sentence, without a traceback."""
 
 
+class Diverged(UserError):
+    """A model with these weights and settings samples nothing more."""
+
+
 def describe(error):
     """One sentence about any exception: its first line, after its type where the line may not speak for itself
     (KeyError's is only the key), or its type alone if it has no text."""
@@ -79,12 +83,39 @@ def to_json(value, **how):
     return json.dumps(finite(value), allow_nan=False, **how)
 
 
+def mismatch(what, value, kinds):
+    """The first key of `kinds`, {key: type}, that a dict lacks or has of another type, in words; None: all there."""
+    if not isinstance(value, dict):
+        return f"{what} is {value!r}"[:200]
+    for key, kind in kinds.items():
+        if key not in value:
+            return f"{what} has no {key}"
+        if not is_of_kind(value[key], kind if isinstance(kind, tuple) else (kind,)):
+            return f"{key} of {what} is {value[key]!r}"[:200]
+
+
+def is_of_kind(value, kinds):
+    """Whether a value has one of the types; a number must be within the range of a float, and True is not one."""
+    return (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+            and not (isinstance(value, int | float) and not abs(value) <= sys.float_info.max))
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
+def check_regular(path, advice="give a file of another name"):
+    """Raises UserError if what is at `path` is not a regular file: reading a FIFO waits, reading /dev/zero never ends,
+    and a device must not be replaced."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'a device or a FIFO'}, not a regular file: "
+                        f"{advice}.")
+
+
 def write_atomically(files):
-    """Writes {path: text} in UTF-8, first under hidden names; all are renamed once all are written, so that a full disk
-    leaves what was there. Raises OSError."""
-    hidden = {path: path.with_name(f".{path.name}.tmp") for path in files}
+    """Writes {path: text} in UTF-8, first under hidden names, which no other program uses; all are renamed once all are
+    written, so that a full disk leaves what was there. Raises OSError, or UserError where there is no regular file."""
+    for path in files:
+        check_regular(path)
+    hidden = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
         for path, text in files.items():
             hidden[path].write_text(text, encoding="utf-8")

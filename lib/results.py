@@ -1,11 +1,10 @@
 """Result files of eval.py: written, read and checked."""
 
 import json
-import math
 from pathlib import Path
 
 from lib.episodes import episodes_beside
-from lib.program import UserError, to_json, write_atomically
+from lib.program import UserError, check_regular, mismatch, to_json, write_atomically
 
 FORMAT = "sdar eval 2"  # marks result files
 PARTS = {"model": str, "evaluation_set": str, "conditions": list, "sampling": dict, "config": dict, "summary": dict,
@@ -27,6 +26,7 @@ def write_result(out, result, lines):
 def read_result(path):
     """A result file -> dict. Raises UserError if it cannot be read or this program did not write it."""
     try:
+        check_regular(Path(path))
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"The result file {path} cannot be read ({error.strerror}).") from error
@@ -51,19 +51,3 @@ def what_is_wrong(result):
                 return f"no outcomes of condition {name!r}"
             checks += [(f"outcome {number} of {name!r}", outcome, OUTCOME) for number, outcome in enumerate(outcomes)]
     return next((found for check in checks if (found := mismatch(*check))), None)
-
-
-def mismatch(what, value, kinds):
-    """The first key of `kinds`, {key: type}, that a dict lacks or has of another type, in words; None: all there."""
-    if not isinstance(value, dict):
-        return f"{what} is {value!r}"
-    for key, kind in kinds.items():
-        if key not in value:
-            return f"{what} has no {key}"
-        if not is_of_kind(value[key], kind if isinstance(kind, tuple) else (kind,)):
-            return f"{key} of {what} is {value[key]!r}"[:200]
-
-
-def is_of_kind(value, kinds):
-    return (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-            and not (isinstance(value, float) and not math.isfinite(value)))

@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 from lib.advice import PATIENCE, advice
-from lib.checkpoints import NotSaved, checkpoints, save_checkpoint
+from lib.checkpoints import NotSaved, checkpoints, save_checkpoint, step_of
 from lib.folders import TRACKERS, read_lines, storable, stored_settings, unwritable
-from lib.program import UserError, describe, optional, out_of_memory, reader_gone, to_json
+from lib.program import Diverged, UserError, describe, optional, out_of_memory, reader_gone, to_json
 
 # ----------------------------------------------------------------------------------------------------------- a live run
 
@@ -99,11 +99,13 @@ class Run:
         self.bar = tqdm(total=cfg.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)  # on terminals
         self.send = start_tracker(cfg, folder)
 
-    def save(self):
-        """-> the checkpoint of the last whole step, written unless it is there. Raises NotSaved."""
+    def save(self, spared=0):
+        """-> the checkpoint of the last whole step, written unless it is there. Raises NotSaved.
+
+        spared: how many checkpoints stay beside it more than cfg.keep says."""
         if self.saved != self.step:
-            save_checkpoint(self.folder, self.model, self.tokenizer, self.optimizer, self.step, keep=self.cfg.keep,
-                            settings=self.settings)
+            save_checkpoint(self.folder, self.model, self.tokenizer, self.optimizer, self.step,
+                            keep=self.cfg.keep + spared, settings=self.settings)
             self.saved = self.step
         return self.folder / f"checkpoint-{self.step}"
 
@@ -139,7 +141,7 @@ class Run:
                 raise UserError(f"{failed} {self.keep_whole(False)}") from failed
         if out_of_memory(error):
             traceback.clear_frames(error.__traceback__)  # activations: saving needs some memory, too
-        kept = self.keep_whole(whole and not isinstance(error, NotSaved))
+        kept = self.keep_whole(whole and not isinstance(error, NotSaved), isinstance(error, Diverged))
         sentence = self.explain(error)
         if sentence:
             raise UserError(f"{sentence} {kept}") from error
@@ -156,20 +158,34 @@ class Run:
         if isinstance(error, OSError):
             return str(unwritable(self.folder, error))
 
-    def keep_whole(self, save):
-        """After an error: saves the whole steps if `save` -> a sentence that says what is saved and how to go on."""
+    def keep_whole(self, save, diverged=False):
+        """After an error: saves the whole steps if `save` -> a sentence that says what is saved and how to go on.
+
+        diverged: whether the model of the last whole step samples nothing more, so that no run can go on from it.
+        """
         failed = ""
         if save:
             try:
                 self.optimizer.zero_grad(set_to_none=True)  # memory may be short
                 with contextlib.suppress(KeyboardInterrupt), uninterrupted("saving ..."):
-                    saved = self.save()
+                    saved = self.save(spared=diverged)
+                if diverged:
+                    return self.before(saved)
                 return f"All whole steps are saved in {saved}; {self.resume_command} goes on."
             except NotSaved as error:
                 failed = f"{error} "
         found = checkpoints(self.folder)
         return failed + (f"The last checkpoint is {found[-1]}; {self.resume_command} goes on from there." if found
                          else f"{self.folder} holds no checkpoint yet.")
+
+    def before(self, saved):
+        """How to go on where the last checkpoint holds a model that samples nothing more."""
+        older = [path for path in checkpoints(self.folder) if step_of(path) < self.step]
+        if not older:
+            return f"{saved} holds this model, and there is none before it."
+        command, last = self.resume_command.split(" --resume ")[0], shlex.quote(str(older[-1]))
+        return (f"{saved} holds this model; {command} --resume {last} goes on from the last one before, with the same "
+                f"--lr and --temperature, and a new run with others starts by --model {last}.")
 
     def save_whole(self, stopped=False):
         """Saves; if Ctrl-C stopped the run, or is pressed meanwhile, says how to go on; raises the latter."""

@@ -8,12 +8,14 @@ import textwrap
 
 from lib.program import UserError, lacks_secrets
 
+LARGEST = {int: 2**40, float: 1e9}  # settings that fp32 and 64-bit integers hold, products of a few of them too
+
 
 def option(default, help, *, group=None, choices=None, at_least=None, above=None, at_most=None, resume=False):
     """A setting: its default, which also determines its type, its line in --help, and which values are allowed.
 
-    group: title in --help from this setting on. resume: whether a run that goes on may change it: it bounds, reports or
-    places the work, and the method stays the same.
+    at_most: None for LARGEST of a number's type. group: title in --help from this setting on. resume: whether a run
+    that goes on may change it: it bounds, reports or places the work, and the method stays the same.
     """
     return dataclasses.field(default=default, metadata={
         "help": help, "group": group, "choices": choices, "at_least": at_least, "above": above, "at_most": at_most,
@@ -44,12 +46,13 @@ def check_value(field, value):
         raise UserError(f"{name} {value!r} is unknown; choose from {', '.join(allowed['choices'])}.")
     if isinstance(value, str) and lacks_secrets(value):
         raise UserError(f"{name} {value} lacks its password or key, which no run folder stores: give {name} again.")
+    most = LARGEST.get(type(field.default)) if allowed["at_most"] is None else allowed["at_most"]
     bounds = [(allowed["at_least"], lambda bound: value >= bound, "at least"),
               (allowed["above"], lambda bound: value > bound, "greater than"),
-              (allowed["at_most"], lambda bound: value <= bound, "at most")]
+              (most, lambda bound: value <= bound, "at most")]
     for bound, holds, words in bounds:
         if bound is not None and (value in (math.inf, -math.inf) or not holds(bound)):  # NaN holds nowhere
-            raise UserError(f"{name} ({allowed['help']}) is {value}, but must be finite and {words} {bound}.")
+            raise UserError(f"{name} ({allowed['help']}) is {value}, but must be finite and {words} {bound:.15g}.")
 
 
 def check_values(settings):
@@ -91,6 +94,10 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             raise UserError(self.unexpected(unknown[0]))
+        for name, value in vars(args).items():
+            if "" in (value if isinstance(value, list) else [value]):
+                flag = f"--{name}" if f"--{name}" in self._option_string_actions else name.upper()
+                raise UserError(f"{flag} is empty: give a value, or leave it out.")
         return args
 
     def unexpected(self, word):

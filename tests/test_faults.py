@@ -1,5 +1,6 @@
 """Tests that nothing is lost: damaged checkpoints, full disks, short memory, settings, output. See tools/faults.py."""
 
+import dataclasses
 import errno
 import fcntl
 import io
@@ -18,7 +19,10 @@ import eval as evaluation
 import sdar
 from conftest import assert_same_run, config, flags, lines_of, refused
 from lib import checkpoints, folders, health, program, results, retrieval, runs, settings
-from tools import faults
+from tools import clone, faults, tiny
+
+
+CASES = json.loads(Path(__file__).with_name("cases.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,9 @@ def test_without_an_intact_checkpoint_or_the_needed_reference_a_resume_is_refuse
     for damage in (faults.flip, faults.remove):
         damage(run / "checkpoint-0" / "model.safetensors")
         refused(sdar.main, ["--resume", str(run)], "checkpoint-0/model.safetensors is", capsys)
+    of_another_run(run / "checkpoint-0")
+    refused(sdar.main, ["--resume", str(run)], "checkpoint-0 is of another run", capsys)
+    reseal(settings=json.loads((run / "config.json").read_text()))(run / "checkpoint-0")
     for step in (1, 3):
         faults.empty(run / f"checkpoint-{step}" / "state.pt")
     refused(sdar.main, ["--resume", str(run)], "checkpoint-3/state.pt has 0 bytes instead", capsys)
@@ -87,6 +94,67 @@ def test_a_run_goes_on_from_an_older_checkpoint_and_what_came_later_is_kept(run,
     stored = json.loads((run / "config.json").read_text())
     assert (stored["steps"], stored["max_response_tokens"], stored["micro_tokens"]) == (5, 7, 900)
     assert [path.name for path in runs.checkpoints(run)] == ["checkpoint-0", "checkpoint-5"]
+
+
+def reseal(**changes):
+    """A function that changes what the run.json of a checkpoint says; a change to None leaves it out."""
+    def change(checkpoint):
+        stored = json.loads((checkpoint / "run.json").read_text()) | changes
+        (checkpoint / "run.json").write_text(json.dumps({key: one for key, one in stored.items() if one is not None}))
+    return change
+
+
+def of_another_run(checkpoint):
+    stored = json.loads((checkpoint / "run.json").read_text())
+    reseal(settings=stored["settings"] | {"seed": 7})(checkpoint)
+
+
+@pytest.mark.parametrize("how, why", [
+    (of_another_run, r"checkpoint-4 is of another run \(--seed is 7 there, and 0"), (reseal(files={}), "is damaged"),
+    (lambda path: (shutil.rmtree(path), shutil.copytree(path.with_name("checkpoint-1"), path)), "saved under"),
+    (reseal(settings=None), "is damaged"), (reseal(settings={}), "another run"),
+    (lambda path: (path / "run.json").unlink() or os.mkfifo(path / "run.json"), "run.json is a device or a FIFO")])
+def test_a_checkpoint_that_is_not_this_runs_own_is_named_and_the_one_before_is_taken(how, why, run, straight):
+    how(run / "checkpoint-4")
+    with pytest.warns(RuntimeWarning, match=why):
+        assert resume(run) == 0
+    assert_same_run(run, straight)
+
+
+def test_a_checkpoint_is_found_by_a_link_and_from_within_and_a_copy_beside_it_is_refused(
+        run, straight, monkeypatch, capsys):
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-2-backup")
+    refused(sdar.main, ["--resume", str(run / "checkpoint-2-backup")], "is not named as a run names", capsys)
+    (run / "latest").symlink_to("checkpoint-2")
+    for folder, place in (("latest", run), (".", run / "checkpoint-2")):
+        monkeypatch.chdir(place)
+        assert resume(folder) == 0
+        assert_same_run(run, straight)
+    assert (run / "set-aside-2" / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "curve.png", "episodes"])
+def test_a_file_of_a_run_that_is_of_another_kind_is_named(name, run, capsys):
+    shutil.move(run / name, run / "moved") if (run / name).exists() else None
+    os.mkfifo(run / name)
+    refused(sdar.main, ["--resume", str(run)], f"{name} is a", capsys)
+
+
+def test_a_model_that_samples_nothing_more_is_saved_beside_the_one_before_which_is_named(
+        model_folder, tmp_path, monkeypatch, capsys):
+    train_step, run = sdar.train_step, tmp_path / "run"
+
+    def spoiled(policy, *args):
+        result = train_step(policy, *args)
+        if len(lines_of(run)) == 2:
+            policy.model.model.norm.weight.data[:] = 3e38
+        return result
+
+    monkeypatch.setattr(sdar, "train_step", spoiled)
+    refused(sdar.main, flags(model_folder, run, eval_every=0, eval_tasks=None, keep=1, save_every=2),
+            f"checkpoint-3 holds this model; python sdar.py --resume {run}/checkpoint-2 goes on", capsys)
+    monkeypatch.undo()
+    assert resume(run / "checkpoint-2") == 0
 
 
 def test_only_what_a_run_wrote_is_rotated_and_a_replaced_checkpoint_comes_back(run, straight, policy):
@@ -223,11 +291,12 @@ def test_a_gradient_that_is_not_finite_names_its_cause(metrics, cause, policy):
     health.check_finite(1.0, policy.model, metrics)
 
 
-def test_weights_that_are_not_finite_are_named():
+@pytest.mark.parametrize("value, cause", [(math.nan, "infinity .weight"), (-2e9, "grown to 2e.09: .* --weight_decay")])
+def test_weights_that_are_not_finite_or_too_large_are_named(value, cause):
     model = torch.nn.Linear(2, 2)
-    model.weight.data[0, 0] = math.nan
-    with pytest.raises(runs.UserError, match="weight"):
-        health.check_finite(math.inf, model, {})
+    model.weight.data[0, 0] = value
+    with pytest.raises(runs.UserError, match=cause):
+        health.check_finite(math.inf, model, {"grpo/entropy": math.nan})
 
 
 def test_step_lines_fit_100_columns_with_everything_in_them():
@@ -279,12 +348,24 @@ def test_the_forecast_of_activations_holds_what_autograd_keeps(policy):
     (["--seed", "9" * 5000], "is not a whole number."), (["--seed", "9" * 30], "--seed"), (["--lr", "nan"], "--lr"),
     *(([f"--{name}", "9" * 13], f"--{name}") for name in ("threads", "tasks", "group_size", "eval_tasks", "max_turns")),
     (["--resume", "a", "--config", "b"], "--config"), (["--config", "nowhere.json"], "nowhere.json"),
+    (["--config", os.devnull], "is a device"), (["--config", "."], "is a folder"), (["--out", ""], "--out is empty"),
+    (["--data="], "--data is empty"),
     (["--retriever", "http://u:p@h", "--env", "webshop"], "--retriever would do nothing"), (["--keep", "0"], "--keep"),
     (["--model", "./\x1b[31mred\u202e"], "\\x1b[31mred\\u202e")])
 def test_a_wrong_command_is_one_line_that_names_the_flag(arguments, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(sdar.main, arguments, says, capsys)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", [sdar.Config, clone.CloneConfig, tiny.TinyConfig])
+def test_every_number_has_a_largest_value_that_fp32_and_64_bits_hold(kind):
+    numbers = [field for field in dataclasses.fields(kind) if type(field.default) in (int, float)]
+    assert len(numbers) > 3
+    for field in numbers:
+        for value in (10**400, 2**63, 1e39) if type(field.default) is int else (1e300, 1e39, 10**400):
+            with pytest.raises(sdar.UserError, match=f"--{field.name} .* at most"):
+                settings.check_value(field, value)
 
 
 @pytest.mark.parametrize("main", [sdar.main, evaluation.main])
@@ -298,8 +379,10 @@ def test_help_has_titled_groups_commands_first_and_the_description_last(main, ca
         assert order == sorted(order)
 
 
-def test_a_new_run_has_the_settings_of_another_and_flags_on_top(run, straight, tmp_path, monkeypatch):
+def test_a_new_run_has_the_settings_of_another_and_flags_on_top(run, straight, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for path, says in ((run, "is a folder"), (run / "checkpoint-1" / "config.json", "holds no settings of a run")):
+        refused(sdar.main, ["--config", str(path)], says, capsys)
     assert sdar.main(["--config", str(run / "config.json"), "--steps", "1"]) == 0  # not in that run's folder
     new = json.loads((tmp_path / "runs" / "webshop-sdar-0" / "config.json").read_text())
     old = json.loads((run / "config.json").read_text())
@@ -415,6 +498,36 @@ def test_a_result_with_missing_keys_or_wrong_kinds_is_refused_by_name(changes, w
     good, bad = str(tmp_path / "good.json"), str(tmp_path / "bad.json")
     assert evaluation.main(["--compare", good, good]) == 0
     refused(evaluation.main, ["--compare", good, bad], why, capsys)
+
+
+@pytest.mark.parametrize("changes, why", [*CASES["printed episodes"], ({"score": 10**400}, "score of episode 1 is 1")])
+def test_an_episode_of_wrong_kinds_is_refused_by_name(changes, why, tmp_path, capsys):
+    turn = {"observation": "o", "text": "t", "valid": True, "stop": "end", "gap": [0.5]}
+    whole = {"task": "t", "won": True, "score": 1.0, "turns": [turn]}
+    for path, episode in ((tmp_path / "good", whole), (tmp_path / "bad", whole | changes)):
+        path.write_text(json.dumps(episode))
+    assert evaluation.main(["--show", str(tmp_path / "good")]) == 0
+    refused(evaluation.main, ["--show", str(tmp_path / "bad")], why, capsys)
+
+
+@pytest.mark.parametrize("arguments, says", CASES["evaluations"])
+def test_what_eval_cannot_use_is_named_at_once_with_what_to_give(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run/episodes", "run/new", "run/done", "taken-episodes.jsonl", "taken"):
+        Path(name).mkdir(parents=True)
+    os.mkfifo("pipe")
+    for name in ("run/config.json", "run/episodes/step-00001.jsonl", "run/done/eval.json"):
+        Path(name).write_text("{}")
+    refused(evaluation.main, arguments, says.format(tmp_path), capsys)
+
+
+def test_two_programs_write_one_file_under_hidden_names_of_their_own(tmp_path, monkeypatch):
+    write, names = Path.write_text, []
+    monkeypatch.setattr(Path, "write_text", lambda path, *args, **how: names.append(path) or write(path, *args, **how))
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        program.write_atomically({tmp_path / "e.json": "{}"})
+    assert len(set(names)) == 2 and os.listdir(tmp_path) == ["e.json"]
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def test_folders_that_hold_another_run_or_none_are_refused(straight, model_folde
              (flags(straight, tmp_path / "run"), "one of the checkpoints in it (checkpoint-0, checkpoint-3"),
              (["--resume", str(model_folder)], "config.json"),  # a model's
              (["--resume", str(straight), "--seed", "0", "--lr", "0.5"], "--lr 0.5 contradicts"),
-             (["--resume", str(straight), "--threads", "-5"], "--threads"), (["--resume", ""], "not a run folder"),
+             (["--resume", str(straight), "--threads", "-5"], "--threads"), (["--resume", ""], "--resume is empty"),
              (flags(model_folder, straight / "checkpoint-4"), "checkpoint-4 already holds config.json"),
              (["--resume", str(shutil.copytree(straight / "checkpoint-4", tmp_path / "apart"))], "outside its run")]
     for arguments, culprit in cases:

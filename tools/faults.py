@@ -317,10 +317,13 @@ def after(*prepare):
 
 
 def setting(**changes):
-    """Other values in config.json."""
+    """Other values in config.json, and in the checkpoints, as if the run had begun with them."""
     def damage(run):
         path = run / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        for seal in run.glob("checkpoint-*/run.json"):
+            stored = json.loads(seal.read_text())
+            seal.write_text(json.dumps(stored | {"settings": stored["settings"] | changes}))
     return damage
 
 
