@@ -3,16 +3,16 @@
     python eval.py tiny
 
     tiny on webshop (generated tasks, not the official ones)
-    128 tasks of val, evaluation set ac853f6b6743, T=0.4, 1 episode per task, seed 0
+    128 tasks of val, evaluation set a27fef2362f2, T=0.4, 1 episode per task, seed 0
 
     with skills in the prompt
       task type      n  success [95 %]          score [95 %]                 turns     invalid  unfinished
-      beauty        28  0.786 [0.605, 0.898]    0.957 [0.921, 0.986]           5.0       0.000       0.000
+      beauty        30  0.833 [0.664, 0.927]    0.967 [0.940, 0.993]           4.8       0.000       0.000
       ...
-      all          128  0.891 [0.825, 0.934]    0.977 [0.965, 0.988]           4.8       0.002       0.000
+      all          128  0.773 [0.694, 0.837]    0.950 [0.934, 0.966]           4.7       0.002       0.000
 
     with - without skills, paired by task
-      success +0.805 [+0.727, +0.875]  p 5.23e-30 (McNemar)  a difference
+      success +0.695 [+0.617, +0.773]  p 3.23e-27 (McNemar)  a difference
 
     python eval.py --show eval-tiny-webshop.json --lost       what the agent saw and said, turn by turn
     python eval.py --compare runs/webshop-sdar-0/checkpoint-30/eval.json runs/webshop-grpo-0/checkpoint-30/eval.json
