@@ -14,7 +14,7 @@ import warnings
 import torch
 
 from lib.models import attention_window, autocast, text_config
-from lib.program import UserError, describe
+from lib.program import UserError, describe, out_of_memory
 
 LIMIT = 1e-3  # of a difference of log-probs in fp32, in nats, where logits have a standard deviation of 1
 LARGE = 100.0  # standard deviation of logits that are beyond every soft-cap in use (30 to 50)
@@ -51,7 +51,7 @@ def check_model(policy, name, longest, sample, score):
                             f"{largest(logp - own):.2g} (limit {LIMIT:g}), {SUSPECTS[doing]}.")
     check_large_logits(exact, name, score, prompts[-1:], last[-1:], LARGE / temperature)
     reaches = tried >= longest or packs_at_any_length(text_config(policy.model), tried)
-    packed = packed_logp(exact, score, prompts, ids, temperature) if reaches else None
+    packed = call_or_refuse(name, "training", packed_logp, exact, score, prompts, ids, temperature) if reaches else None
     packs = packed is not None and largest(packed - own) < LIMIT
     logp = packed if packs else alone
     if not packs:
@@ -100,10 +100,10 @@ def call_or_refuse(name, doing, call, *args):
             return call(*args)
     except UserError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{name} does not fit into the device's memory with prompts as long as the settings allow: "
-                        "lower --max_prompt_tokens, or take a smaller model.") from error
     except Exception as error:  # the model's code is not ours: whatever it raises, it cannot be used
+        if out_of_memory(error):
+            raise UserError(f"{name} does not fit into memory with prompts as long as the settings allow: lower "
+                            "--max_prompt_tokens, or take a smaller model.") from error
         raise UserError(f"{name} is not supported: {doing} fails: {describe(error)}") from error
 
 
@@ -169,10 +169,11 @@ def packs_at_any_length(config, tried):
 def packed_logp(policy, score, prompts, siblings, temperature):
     """The trainer's log-probs [N] of the last sibling of each prompt when all are packed, or None where that fails."""
     try:
-        with torch.no_grad():
-            logp = score(policy, prompts, siblings, temperature)
-    except Exception:  # whatever the model's code makes of a mask that it does not expect: it is trained without one
-        return None
+        logp = score(policy, prompts, siblings, temperature)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return None  # whatever the model's code makes of a mask that it does not expect: it is trained without one
     last = [k == len(group) - 1 for group in siblings for k, ids in enumerate(group) for _ in ids]
     return logp[torch.tensor(last, device=logp.device)]
 
