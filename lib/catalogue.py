@@ -45,6 +45,7 @@ from lib.retrieval import build_postings, load_postings, product_document, save_
 LARGE = 16 << 20                         # bytes of the product file above which the catalogue is kept on disk
 FORMAT = 1                               # of the cache: raise it when its content changes, by other search terms, say
 VAL_GOALS = 500                          # the first 500 official goals of the fixed order are held out
+SUMMED = 1 << 30                         # bytes of SQLite that are summed at each start: more would take seconds
 ABANDONED = 86400                        # seconds after which an unfinished cache is one of a process that was killed
 LOCK_PAUSE = 0.2                         # seconds between two looks whether the process that makes a cache is done
 
@@ -167,10 +168,11 @@ def cache_homes(data):
 
 
 def checksums(folder):
-    """{file: [bytes, CRC-32]} of a folder; SQLite's files, whose rows have checksums of their own, without the CRC."""
+    """{file: [bytes, CRC-32]} of a folder; of SQLite files above SUMMED, whose rows have checksums, without the CRC."""
     found = {}
     for path in sorted(folder.iterdir()):
-        found[path.name] = [path.stat().st_size, 0 if path.suffix == ".sqlite" else crc32(path)]
+        size = path.stat().st_size
+        found[path.name] = [size, 0 if path.suffix == ".sqlite" and size > SUMMED else crc32(path)]
     return found
 
 
@@ -295,10 +297,16 @@ class StoredProducts(Mapping):
         return ValueError(f"{self.path} is damaged ({reason}); delete its folder and start again.")
 
     def read(self, asin):
-        found = self.rows("SELECT crc, body FROM products WHERE asin = ?", asin)
+        return self.parse(*self.one("crc, body", asin))
+
+    def one(self, columns, asin):
+        """The columns of a product. Raises KeyError if there is none, ValueError if SQLite's index has lost it."""
+        found = self.rows(f"SELECT {columns} FROM products WHERE asin = ?", asin)
+        if not found and asin in self.asins:
+            raise self.damaged(f"product {asin} cannot be found")
         if not found:
             raise KeyError(asin)
-        return self.parse(*found[0])
+        return found[0]
 
     def parse(self, crc, body):
         if zlib.crc32(body) != crc:
@@ -325,10 +333,10 @@ class StoredProducts(Mapping):
             yield from (self.parse(*row) for row in self.rows(query, first, first + 256))
 
     def number(self, asin):
-        found = self.rows("SELECT number FROM products WHERE asin = ?", asin)
-        if not found:
-            raise KeyError(asin)
-        return found[0][0]
+        (number,) = self.one("number", asin)
+        if not 0 <= number < len(self.asins) or self.asins[number] != asin:
+            raise self.damaged(f"the number of product {asin} is {number}")
+        return number
 
     def where(self, field, value):
         """The asins of the products whose `field` ("category" or "query") is `value`, in their order."""

@@ -155,11 +155,18 @@ NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def fix_date(tokenizer):
-    """Puts today's date as text into a chat template that asks for it: saved with a checkpoint, it stays the same."""
+    """Puts today's date as text into a chat template that asks for it: saved with a checkpoint, it stays the same.
+
+    Raises UserError where the format of the date is not written in the call.
+    """
     today, template = datetime.now(), tokenizer.chat_template
 
     def fixed(text):
-        return NOW.sub(lambda call: json.dumps(today.strftime(call[2])), text)
+        text = NOW.sub(lambda call: json.dumps(today.strftime(call[2])), text)
+        if "strftime_now(" in text:
+            raise UserError(f"The chat template of {tokenizer.name_or_path} computes a date in a way that cannot be "
+                            "kept, so that a resumed run would have other prompts: write the date into it.")
+        return text
 
     if isinstance(template, dict):
         tokenizer.chat_template = {name: fixed(text) for name, text in template.items()}

@@ -218,7 +218,10 @@ def result_passages(reply):
     """The passages in the JSON text of a server's answer to one query. Raises ValueError if it has another form."""
     try:
         result = json.loads(reply)["result"]
-        passages = [entry.get("document", entry)["contents"] for entry in (result[0] if result != [] else [])]
+        found = result[0] if result != [] else []
+        if not isinstance(result, list) or not isinstance(found, list):
+            raise TypeError("not lists")
+        passages = [entry.get("document", entry)["contents"] for entry in found]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError('the answer is not of the form {"result": [[{"document": {"contents": ..}}]]} '
                          f"({type(error).__name__})") from error
@@ -353,7 +356,7 @@ class Retriever:
                     raise ValueError(f"the request was refused with status {error.code}{redirects}") from error
                 reason, pause = f"status {error.code}", retry_after(error.headers)
             except (OSError, http.client.HTTPException) as error:
-                reason, pause = getattr(error, "reason", None) or error, None
+                reason, pause = str(getattr(error, "reason", None) or error).strip(), None
             left = deadline - time.monotonic()
             if number < self.tries and left > 0:
                 pause = self.pause * number if pause is None else max(pause, 0.0)
@@ -376,14 +379,15 @@ class Retriever:
 
 def split_address(url):
     """The parts of a retriever's address. Raises ValueError for any other text, shown if it can hold no secret."""
-    shown = "" if re.search("[@?]", url) else f", not {url!r}"
+    shown = "" if re.search("[@?#]", url) else f", not {url!r}"
     refused = ValueError(f"The retriever's address must be like http://127.0.0.1:8000{shown}.")
     try:
         parts = urllib.parse.urlsplit(url)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError as error:          # a port that is not a number, or half of a pair of brackets
         raise refused from error
-    if not valid or re.search(r"[\s\x00-\x1f\x7f]", url):
+    # an @ behind the host means that the user's or the password's slash cuts the host off: write it as %2F
+    if not valid or "@" in parts.path or parts.fragment or re.search(r"[\s\x00-\x1f\x7f\ud800-\udfff]", url):
         raise refused
     return parts
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import sqlite3
 import re
 import shutil
 import signal
@@ -661,7 +662,8 @@ def test_a_password_in_the_address_is_sent_and_never_shown(monkeypatch):
         search = quick(f"https://me:cret@127.0.0.1:{port}")
         assert "cret" not in refused("no answer .*SSL", search.probe, kind=ConnectionError)
     for url in ("me:cret@host", "http://me:c/ret@host:x", "ftp://me:cret@host", "http://me:cret@", "http://me:cret@[::1",
-                "http://me:cret@host:99999999", "http://me:cret@ho st", "http://me:cret@host\n", "//me:cret@host"):
+                "http://me:cret@host:99999999", "http://me:cret@ho st", "http://me:cret@host\n", "//me:cret@host",
+                "http://me:12/cret@host:1", "http://me:/cret@host", "http://host/#me:cret", "http://me:cret@h/\ud800"):
         sentence = refused("address must be like http", retrieval.Retriever, url)
         assert "cret" not in sentence and "c/ret" not in sentence
     assert "not 'ftp://host'" in refused("address must be like http", retrieval.Retriever, "ftp://host")
@@ -807,10 +809,21 @@ def test_a_large_catalogue_is_read_once_and_again_when_its_files_change_or_the_c
     for path in sorted((cache / "webshop-synthetic").iterdir()):
         whole = path.read_bytes()
         flipped = bytes([whole[0] ^ 1]) + whole[1:]
-        for damaged in (whole[:-1], b"", *([] if path.suffix == ".sqlite" else [flipped, b"x" * len(whole)])):
+        for damaged in (whole[:-1], b"", flipped, b"x" * len(whole)):
             path.write_bytes(damaged)
             with pytest.warns(RuntimeWarning, match="webshop-synthetic is damaged .* made again"):
                 assert start() == (1, 2), path.name
+    monkeypatch.setattr(catalogue, "SUMMED", 0)      # a file too large to be summed at each start
+    assert start() == (1, 2)
+    with contextlib.closing(sqlite3.connect(cache / "webshop-synthetic" / "products.sqlite")) as lost:
+        kept = lost.execute("SELECT asin FROM products").fetchall()
+        lost.execute("UPDATE products SET asin = 'B00000000X'")
+        lost.commit()
+    shop = catalogue.official_shop(tmp_path, False)
+    refused("is damaged .*product B000000001 cannot be found", shop.products.__getitem__, "B000000001")
+    with contextlib.closing(sqlite3.connect(cache / "webshop-synthetic" / "products.sqlite")) as found:
+        found.execute("UPDATE products SET asin = ?", kept[0])
+        found.commit()
     shop = catalogue.official_shop(tmp_path, False)
     products = shop.products.path
     products.write_bytes(products.read_bytes().replace(b"Blue", b"Blus"))        # where it is not read at the start

@@ -193,6 +193,11 @@ def test_a_thought_that_the_template_opens_belongs_to_the_response(tail, opened,
     assert re.sub(r"\n", "", chat.response_text(said)) == whole and end == chat.tokenizer.eos_token_id
 
 
+def test_a_date_that_cannot_be_kept_is_refused(policy):
+    with pytest.raises(sdar.UserError, match="computes a date in a way that cannot be kept"):
+        models.fix_date(with_template(policy, "{% set f = '%d' %}{{ strftime_now(f) }}" + CHATML + OPEN))
+
+
 def test_a_date_in_a_template_is_that_of_the_first_start_in_whatever_run_comes_from_it(policy, tmp_path, monkeypatch):
     dated = CHATML.replace("<|im_start|>", "{{ strftime_now('%d %b %Y') }}<|im_start|>") + OPEN
     tokenizer = with_template(policy, dated)
