@@ -541,12 +541,13 @@ def sample_batch(policy, prompts, cfg, temperature, noises):
     tokens, logps = [[] for _ in prompts], [[] for _ in prompts]
     stops = ["length"] * len(prompts)
     for number in range(cfg.max_response_tokens):
-        progress.tell(f"{len(alive)} answers, token {number + 1}/{cfg.max_response_tokens}")
+        rows = alive.tolist()
+        progress.tell(f"{len(rows)} answers, token {number + 1}/{cfg.max_response_tokens}")
         logprobs = (logits / (temperature or 1.0)).log_softmax(-1)  # [B, V]
-        token = models.draw_tokens(logprobs, temperature, [noises[row] for row in alive.tolist()])  # [B, 1]
+        token = models.draw_tokens(logprobs, temperature, [noises[row] for row in rows])  # [B, 1]
         chosen = logprobs.gather(1, token)[:, 0]
         ended = torch.isin(token[:, 0], stop_ids)
-        for row, t, lp, end in zip(alive.tolist(), token[:, 0].tolist(), chosen.tolist(), ended.tolist()):
+        for row, t, lp, end in zip(rows, token[:, 0].tolist(), chosen.tolist(), ended.tolist()):
             tokens[row].append(t)
             logps[row].append(lp)
             if end:
@@ -914,7 +915,7 @@ def train_step(policy, optimizer, rows, cfg, step):
                 loss, metrics, some_gaps = step_loss(policy, cfg, micro_batch, num_tokens, frozen)
                 loss.backward()
                 gaps |= some_gaps
-                progress.advance(len(list(itertools.chain(*micro_batch))))
+                progress.advance(sum(map(len, micro_batch)))
                 for name, value in metrics.items():
                     value = float(value)
                     total[name] = max(total[name], value) if name.endswith("_max") else total[name] + value / len(parts)
