@@ -10,7 +10,6 @@ import functools
 import json
 import random
 import re
-import unicodedata
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +40,7 @@ from lib.official import (
     is_true,
     load_game,
     load_questions,
+    nfc,
     normalize_answer,
     place_of,
     question_files,
@@ -133,11 +133,6 @@ class TextEnv(gymnasium.Env):
     def demonstrate(self, rng, weak=False):
         """The next (thought, action) of the expert or of the weak demonstrator; rng: `random.Random`."""
         return self.player(rng if weak else None)
-
-
-def nfc(text):
-    """One form for texts that look alike: "é" may be one code point or two."""
-    return unicodedata.normalize("NFC", text)
 
 
 def prompt_head(role, skills):
@@ -554,7 +549,8 @@ class WebShop(TextEnv):
             self._show_results(argument, 1)
             valid = True
         elif name == "click" and argument is not None:
-            label = next((label for label in self.clickables if nfc(label) == nfc(argument)), None)
+            wanted = nfc(argument)
+            label = next((label for label in self.clickables if nfc(label) == wanted), None)
             if label not in (None, "search"):        # the latter is a label, and refused when clicked
                 score, valid = self._click(label), True
         self.steps += 1

@@ -775,9 +775,14 @@ class Question(NamedTuple):
     hops: tuple = ()                     # searches that lead to the answer, as (query, texts that it must find)
 
 
+def nfc(text):
+    """One form for texts that look alike: "é" may be one code point or two."""
+    return unicodedata.normalize("NFC", text)
+
+
 def normalize_answer(text):
     """Lower-cased NFC without ASCII punctuation and the articles a, an and the, with single spaces (SQuAD's rule)."""
-    text = unicodedata.normalize("NFC", text.lower())
+    text = nfc(text.lower())
     text = "".join(character for character in text if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 

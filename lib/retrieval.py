@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.official import read_jsonl
+from lib.official import nfc, read_jsonl
 from lib.program import without_secrets
 
 HITS = 50                                # results of a WebShop search, as in the original
@@ -68,7 +68,7 @@ def search_terms(text):
     """
     text = text.lower()
     found = (re.findall(r"[^\W_]+", text) if text.isascii()
-             else word_pattern().findall(unicodedata.normalize("NFC", text)))
+             else word_pattern().findall(nfc(text)))
     words = (word for word in found if word not in STOP_WORDS)
     return [word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words]
 

@@ -1,3 +1,3 @@
-"""Programs beside the main ones: python -m tools.clone, tiny, bench_kernels, measure."""
+"""Programs beside the main ones, run as python -m tools.NAME."""
 
 import lib  # noqa: F401  before torch, whose threads wait as it says
