@@ -47,7 +47,7 @@ from typing import NamedTuple
 import lib  # noqa: F401  before torch, whose threads wait as it says
 import envs
 import kernels
-from lib import agreement, analyser, folders, health, models, progress, runs
+from lib import agreement, folders, health, hindsight, models, progress, runs
 from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
 from lib.episodes import episode_lines, write_step
 from lib.program import UserError, describe, exit_status
@@ -341,16 +341,16 @@ def idle_settings(cfg):
     taught = cfg.teacher != "none"
     shown = taught and cfg.analyser == "none" or cfg.student_skills
     rules = [
-        (not taught, ("sdar_coef", "sdar_decay", "gate_beta", "gate", "surrogate", "distill", "teacher_prompt", "rlsd_mix",
-                      "analyser"), "there is no teacher (--method grpo or --teacher none)"),
+        (not taught, ("sdar_coef", "sdar_decay", "gate_beta", "gate", "surrogate", "distill", "teacher_prompt",
+                      "rlsd_mix", "analyser"), "there is no teacher (--method grpo or --teacher none)"),
         (not shown, ("retrieval", "skills"), "no library skills are shown"),
         (taught and cfg.gate == "none", ("gate_beta",), "--gate none has no beta"),
-        (taught and cfg.surrogate in ("opsd", "k3"), ("gate", "gate_beta"), f"--surrogate {cfg.surrogate} has no gate"),
+        (cfg.surrogate in ("opsd", "k3"), ("gate", "gate_beta"), f"--surrogate {cfg.surrogate} has no gate"),
         (taught and not cfg.sdar_coef, ("sdar_decay", "distill"), "--sdar_coef is 0"),
         (cfg.teacher != "ema", ("ema",), "--teacher is not ema"),
         (not cfg.gigpo_weight, ("gigpo_gamma", "gigpo_std"), "--gigpo_weight is 0"),
         (not cfg.rlsd_mix, ("rlsd_clip", "rlsd_decay"), "--rlsd_mix is 0"),
-        (cfg.analyser == "none", ("opid_episode_weight", "opid_step_weight"), "nobody writes hindsight skills (--analyser)"),
+        (cfg.analyser == "none", ("opid_episode_weight", "opid_step_weight"), "--analyser is none"),
         (cfg.updates == 1, ("clip", "dual_clip"), "with --updates 1 every ratio is 1"),
         (cfg.history == 0, ("history_observations",), "--history 0 shows no earlier turn"),
         (not cfg.eval_every, ("eval_split", "eval_tasks", "eval_temperature", "eval_greedy"), "--eval_every is 0"),
@@ -424,11 +424,6 @@ def teacher_ids(chat, cfg, turn, skills):
         return chat.prompt(render(cfg, turn.context, skills))
     raw = chat.encode(f"[Privileged Skill Information]\n{skills}\n\n") + turn.prompt_ids
     return raw[-cfg.max_prompt_tokens:]  # the released code's left cut: the skills go first
-
-
-def shows(chat, ids, text):
-    """Whether a prompt has the whole text."""
-    return contains(chat.tokenizer.decode(ids), text)
 
 
 # --------------------------------------------------------------------------------------------------------------- policy
@@ -809,18 +804,16 @@ def episode_return(cfg, episode):
 def make_rows(policy, cfg, episodes, skills):
     """Episodes -> (rows, metrics): advantages, and the teacher's prompts."""
     advantages, metrics = turn_advantages(cfg, episodes)
-    texts, more = teacher_texts(policy, cfg, episodes, skills)
-    rows, prompts, missing = [], {}, []  # equal turns have equal teacher prompts: each is made once
+    texts, more = skill_texts(policy, cfg, episodes, skills)
+    rows, prompts, missing = [], {}, 0  # equal turns have equal teacher prompts: each is made once
     for turn, advantage, (source, text) in zip((t for e in episodes for t in e.turns), advantages.tolist(), texts):
         key = turn.prompt_ids, text
         if key not in prompts:
             ids = () if cfg.teacher == "none" else teacher_ids(policy.chat, cfg, turn, text)
-            prompts[key] = ids, not shows(policy.chat, turn.prompt_ids if cfg.student_skills else ids, text)
+            prompts[key] = ids, contains(policy.chat.tokenizer.decode(ids or turn.prompt_ids), text)
         rows.append(Row(turn.prompt_ids, prompts[key][0], turn.response.ids, advantage, turn.response.logp, source))
-        missing.append(prompts[key][1] or not text and source and cfg.retrieval != "none")
-    if cfg.teacher != "none" or cfg.student_skills:
-        metrics["skills/missing"] = runs.mean(map(bool, missing))  # an empty text counts, unless none was asked for
-    return rows, metrics | more
+        missing += not prompts[key][1] or not text and source != "" and cfg.retrieval != "none"
+    return rows, metrics | more | {"skills/missing": missing / len(rows)}
 
 
 def turn_advantages(cfg, episodes):
@@ -836,7 +829,7 @@ def turn_advantages(cfg, episodes):
     advantages = group_advantages(returns, groups)[owner]  # eq. (1)
     if cfg.gigpo_weight:
         rewards = torch.zeros(len(turns), dtype=torch.float64)
-        rewards[torch.tensor([len(e.turns) for e in episodes]).cumsum(0) - 1] = returns  # the last turn of each earns it
+        rewards[torch.tensor([len(e.turns) for e in episodes]).cumsum(0) - 1] = returns  # earned by the last turn
         observations, before = [turn.observation for _, turn in turns], advantages
         advantages = gigpo_advantages(rewards, owner, groups[owner], observations, gamma=cfg.gigpo_gamma,
                                       weight=cfg.gigpo_weight, divide_by_std=cfg.gigpo_std)
@@ -854,10 +847,12 @@ def tied_groups(cfg, episodes):
     return {group: len(some) == 1 for group, some in returns.items()}
 
 
-def teacher_texts(policy, cfg, episodes, skills):
-    """What is shown beside each turn's prompt -> ([(source, text)] of all turns, metrics)."""
+def skill_texts(policy, cfg, episodes, skills):
+    """What teacher, or student, sees beside each turn's prompt -> ([(source, text)] of all turns, metrics)."""
+    if cfg.teacher == "none" and not cfg.student_skills:
+        return [("", "")] * sum(len(e.turns) for e in episodes), {}
     if cfg.analyser != "none":
-        analyses = hindsight(policy, cfg, episodes)
+        analyses = hindsight.analyse(policy, cfg, episodes, [episode_return(cfg, e) for e in episodes], sample)
         texts = [routed(cfg, one, number) for e, one in zip(episodes, analyses) for number in range(len(e.turns))]
         return texts, {"opid/analysed": runs.mean(one is not None for one in analyses),
                        "opid/step_turns": runs.mean(source == "step" for source, _ in texts)}
@@ -868,25 +863,6 @@ def teacher_texts(policy, cfg, episodes, skills):
         if cfg.retrieval == "ucb":
             skills.learn(e.task_type, episode_return(cfg, e) / 10)
     return texts, {}
-
-
-def hindsight(policy, cfg, episodes):
-    """OPID's analysis of each finished episode -> list of analyser.Analysis, None where it failed."""
-    stories = [analyser.Story(e.goal, e.won, [
-        analyser.Step(turn.observation, turn.text, turn.action, turn.valid,
-                      episode_return(cfg, e) * analyser.GAMMA ** (len(e.turns) - 1 - number))
-        for number, turn in enumerate(e.turns)]) for e in episodes]
-    if cfg.analyser == "rules":
-        return [analyser.by_rules(cfg.env, *story) for story in stories]
-
-    def ask(messages, numbers):
-        some = dataclasses.replace(cfg, max_response_tokens=analyser.MAX_TOKENS)
-        noises = [random.Random(f"{episodes[number].name} analysis") for number in numbers]
-        responses = sample(policy, list(map(policy.chat.prompt, messages)), some, analyser.TEMPERATURE, noises)
-        return [policy.chat.response_text(response.ids) for response in responses]
-
-    return analyser.by_policy(ask, stories, analyser.MOST[cfg.env],
-                              lambda message: len(policy.chat.prompt(message)) <= cfg.max_prompt_tokens)
 
 
 def routed(cfg, analysis, number):
@@ -1008,8 +984,7 @@ def step_loss(policy, cfg, micro_batch, num_tokens, frozen):
     tokens = token_scores(policy, cfg, micro_batch, frozen)
     logp, mask = tokens.logp, torch.ones_like(tokens.logp)
     old_logp = logp.detach() if frozen.old_logp is None else join_tokens(rows, frozen.old_logp, logp.device)
-    advantages, metrics = token_advantages(cfg, rows, old_logp, tokens.teacher_logp, mask, num_tokens)
-
+    advantages, metrics = token_advantages(cfg, rows, old_logp, tokens.teacher_logp, num_tokens)
     pg, more = policy_loss(logp, old_logp, advantages, mask, num_tokens=num_tokens, clip=cfg.clip,
                            dual_clip=cfg.dual_clip)
     off = (old_logp - join_tokens(rows, {row: row.logp for row in rows}, logp.device)).abs()
@@ -1020,8 +995,8 @@ def step_loss(policy, cfg, micro_batch, num_tokens, frozen):
         terms["kl/loss"] = cfg.kl_coef, kl_loss(logp, ref_logp, mask, num_tokens=num_tokens)
     gaps = {}
     if cfg.teacher != "none":
-        distill, more = distillation(cfg, tokens, old_logp, repeat_tokens(rows, lambda row: row.source != "",
-                                                                          logp.device), num_tokens)
+        taught = repeat_tokens(rows, lambda row: row.source != "", logp.device)
+        distill, more = distillation(cfg, tokens, old_logp, taught, num_tokens)
         terms["sdar/loss"] = cfg.sdar_coef, distill
         metrics |= more
         gaps = dict(zip(rows, zip(split_tokens(rows, tokens.gap), split_tokens(rows, tokens.gate))))
@@ -1029,23 +1004,21 @@ def step_loss(policy, cfg, micro_batch, num_tokens, frozen):
     return loss, metrics | {name: value.detach() for name, (_, value) in terms.items()}, gaps
 
 
-def token_advantages(cfg, rows, old_logp, teacher_logp, mask, num_tokens):
-    """Advantages [N], those of the tokens' turns, moved by the teacher where RLSD or OPID ask for it; and metrics."""
-    turn, metrics = repeat_tokens(rows, lambda row: row.advantage, mask.device), {}
+def token_advantages(cfg, rows, old_logp, teacher_logp, num_tokens):
+    """-> (advantages [N]: those of the tokens' turns, moved by the teacher if RLSD or OPID ask for it; metrics)."""
+    mask, metrics = torch.ones_like(old_logp), {}
+    advantages = turn = repeat_tokens(rows, lambda row: row.advantage, mask.device)
     if cfg.rlsd_mix:
         advantages = rlsd_advantages(turn, old_logp, teacher_logp, mask, mix=cfg.rlsd_mix, clip=cfg.rlsd_clip)
         metrics["rlsd/change"] = (advantages - turn).abs().sum() / num_tokens
-        turn = advantages
     if cfg.opid_episode_weight or cfg.opid_step_weight:
-        gap = teacher_logp - old_logp
-        episode, step = (gap * repeat_tokens(rows, lambda row: row.source == source, mask.device)
-                         for source in ("episode", "step"))
-        advantages = opid_advantages(turn, episode, step, mask, episode_weight=cfg.opid_episode_weight,
+        of_episode = (teacher_logp - old_logp) * repeat_tokens(rows, lambda row: row.source == "episode", mask.device)
+        of_step = (teacher_logp - old_logp) * repeat_tokens(rows, lambda row: row.source == "step", mask.device)
+        advantages = opid_advantages(advantages, of_episode, of_step, mask, episode_weight=cfg.opid_episode_weight,
                                      step_weight=cfg.opid_step_weight)
-        metrics |= {"opid/episode_gap": episode.abs().sum() / num_tokens, "opid/step_gap": step.abs().sum() / num_tokens,
-                    "opid/change": (advantages - turn).abs().sum() / num_tokens}
-        turn = advantages
-    return turn, metrics
+        for name, value in ("episode_gap", of_episode), ("step_gap", of_step), ("change", advantages - turn):
+            metrics[f"opid/{name}"] = value.abs().sum() / num_tokens
+    return advantages, metrics
 
 
 def distillation(cfg, tokens, old_logp, mask, num_tokens):
@@ -1146,7 +1119,8 @@ def train(cfg, folder=None, checkpoint=None):
     if cfg.eval_every:
         digest = evaluation_set_hash(env, evaluation_tasks(cfg, env), cfg.env_timeout)
         print(f"evaluation set {digest[:12]}, of split {cfg.eval_split}", flush=True)
-    with runs.Run(folder, policy.model, policy.chat.tokenizer, optimizer, cfg, done, "python sdar.py", more=more) as run:
+    with runs.Run(folder, policy.model, policy.chat.tokenizer, optimizer, cfg, done, "python sdar.py",
+                  more=more) as run:
         learn(policy, optimizer, environments, skills, cfg, run)
     print(runs.farewell(folder))
 
@@ -1181,7 +1155,8 @@ def evaluate(policy, cfg, environments, skills, run):
     tasks = evaluation_tasks(cfg, environments[0])
 
     def play_all(doing, temperature=cfg.eval_temperature, skills=None):
-        return rollout(policy, environments, tasks, cfg, temperature=temperature, skills=skills, seed=cfg.seed, doing=doing)
+        return rollout(policy, environments, tasks, cfg, temperature=temperature, skills=skills, seed=cfg.seed,
+                       doing=doing)
 
     sampled, by_type = play_all("evaluation"), defaultdict(list)
     for e in sampled:
