@@ -65,8 +65,8 @@ def test_gigpo_with_weight_zero_is_grpo_bit_for_bit(dtype):
 
 
 def test_gigpo_numbers_episodes_within_their_group_takes_whole_rewards_and_refuses_unequal_lengths():
-    alike = gigpo_advantages([10, 0, 10, 0], [0, 1, 0, 1], [0, 0, 1, 1], list("abcd"))
-    assert torch.equal(alike, gigpo_advantages([10.0, 0.0, 10.0, 0.0], [0, 1, 2, 3], [0, 0, 1, 1], list("abcd")))
+    alike = gigpo_advantages([10, 0, 0, 10], [0, 1, 0, 1], [0, 0, 1, 1], list("abcd"))
+    assert torch.equal(alike, gigpo_advantages([10.0, 0.0, 0.0, 10.0], [0, 1, 2, 3], [0, 0, 1, 1], list("abcd")))
     with pytest.raises(ValueError, match=r"one entry per turn, got \[2, 2, 1, 2\]"):
         gigpo_advantages([1.0, 2.0], [0, 1], [0], ["x", "y"])
 
@@ -134,8 +134,8 @@ def test_opid_with_weights_zero_is_grpo_bit_for_bit_and_in_a_tied_group_the_shif
     a, episode, step = random_rows(0, 4), random_rows(1, 4, 6), random_rows(2, 4, 6)
     routed = torch.tensor([True, False, True, False])[:, None]  # a row has one source
     episode, step, mask = episode.where(routed, 0), step.where(~routed, 0), torch.ones(4, 6)
-    none = opid_advantages(a, episode, step, mask, episode_weight=0.0, step_weight=0.0)
-    assert torch.equal(none, a[:, None].expand(4, 6))
+    unchanged = opid_advantages(a, episode, step, mask, episode_weight=0.0, step_weight=0.0)
+    assert torch.equal(unchanged, a[:, None].expand(4, 6))
     tied = opid_advantages(torch.zeros_like(a), episode.requires_grad_(), step, mask, episode_weight=0.5)
     assert torch.equal(tied, torch.where(routed, 0.5 * episode.detach(), 0.001 * step)) and not tied.requires_grad
 
@@ -182,18 +182,17 @@ def every_token(vocab=9, width=4, **options):
 
 
 WEIGHTS = {"mle": lambda d, g: g, "centered": lambda d, g: g - 0.5, "gap": lambda d, g: g * d, "opsd": lambda d, g: d}
-ARGUMENTS = {"gap": lambda d, h: d, "entropy": lambda d, h: h, "soft_or": lambda d, h: h + d - h * d,
-             "none": lambda d, h: torch.tensor(math.inf)}
+GATES = {"gap": lambda d, h, beta: torch.sigmoid(beta * d), "entropy": lambda d, h, beta: torch.sigmoid(beta * h),
+         "soft_or": lambda d, h, beta: torch.sigmoid(beta * (h + d - h * d)), "none": lambda d, h, beta: numbers(1)}
 
 
 @pytest.mark.parametrize("beta", [5.0, 0.0])
-@pytest.mark.parametrize("gate", ARGUMENTS)
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("surrogate", WEIGHTS)
 def test_the_expected_gradient_over_the_vocabulary_is_the_covariance_of_weight_and_score(surrogate, gate, beta):
     student, weight, out, p, teacher_p = every_token(gate=gate, beta=beta)
     d, h = (teacher_p / p).log(), -(p * p.log()).sum()
-    g = torch.ones_like(p) if gate == "none" else torch.sigmoid(beta * ARGUMENTS[gate](d, h)).expand_as(p)
-    w = WEIGHTS[surrogate](d, g)
+    w = WEIGHTS[surrogate](d, GATES[gate](d, h, beta))
     want = -(p * (w - (p * w).sum())) @ weight  # -E[w grad logp]; the mask as probabilities: an expectation
     sdar.sdar_loss(out.logp, out.teacher_logp, p, num_tokens=1, surrogate=surrogate, gate=out.gate)[0].backward()
     torch.testing.assert_close(student.grad[0], want, rtol=1e-12, atol=1e-15)
@@ -205,7 +204,7 @@ def test_the_expected_gradient_over_the_vocabulary_is_the_covariance_of_weight_a
 def test_a_divergence_and_its_gradient_are_those_of_the_enumerated_distributions(divergence):
     student, weight, out, p, q = every_token(divergence=divergence)
     kl, m = lambda first, second: (first * (first / second).log()).sum(), (p + q) / 2
-    value, slope = {  # slope: of the value w.r.t. each of p, but for a constant, which a softmax ignores
+    value, slope = {  # slope: of the value w.r.t. each of p, except a constant, which a softmax ignores
         "rkl": (kl(p, q), (p / q).log()), "fkl": (kl(q, p), -q / p),
         "jsd": ((kl(p, m) + kl(q, m)) / 2, (p / m).log() / 2)}[divergence]
     torch.testing.assert_close(out.divergence.detach(), value.expand_as(p), rtol=1e-12, atol=0)
