@@ -75,8 +75,7 @@ def rlsd_advantages(advantages, logp, teacher_logp, mask, *, mix, clip=0.2):
             advantages = advantages.unsqueeze(-1)  # [B, 1]
         gap = (teacher_logp - logp).masked_fill(mask == 0, 0.0)
         w = torch.exp(torch.sign(advantages) * gap).clamp(1 - clip, 1 + clip)
-        scaled = advantages * (1 + mix * (w - 1))  # so written, w = 1 and mix = 0 give exactly A
-        return scaled.masked_fill(mask == 0, 0.0)
+        return (advantages * ((1 - mix) + mix * w)).masked_fill(mask == 0, 0.0)
 
 
 def skill_sd_loss(logp, teacher_logp, old_logp, mask, *, num_tokens):
