@@ -34,6 +34,7 @@ Absent on purpose: a critic, a replay buffer, gradients through gate or teacher,
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import random
@@ -240,8 +241,7 @@ class Config:
     recompute: bool = option(False, "gradient checkpointing: updates are slower and need less memory", resume=True)
     seed: int = option(0, "seed of sampling and task order", at_least=-2**40, at_most=2**40)
     eval_every: int = option(10, "steps between evaluations, 0: none", group="evaluation", at_least=0, resume=True)
-    eval_split: str = option("val", "split that the evaluation set is drawn from, or several, as in alfworld's "
-                             "valid_seen,valid_unseen")
+    eval_split: str = option("val", "split of the evaluation set, or several; alfworld: valid_seen,valid_unseen")
     eval_tasks: int = option(128, "tasks in the evaluation set, drawn by task type; 0 for the whole split", at_least=0)
     eval_temperature: float = option(0.4, "temperature of the sampled evaluation; a greedy one is run beside it",
                                      at_least=0)
@@ -278,7 +278,7 @@ TINY_DEFAULTS = {
 PRESETS = {"none": {}, "official": {
     "advantage_stats": "turn", "teacher": "rollout", "teacher_prompt": "raw", "entropy_coef": 0.001,
     "check_admissible": False}}
-OFFICIAL = {"opsd": {"surrogate": "mle"}, "grpo_opsd": {"surrogate": "mle", "gate_beta": 0.0}}  # as its scripts run them
+OFFICIAL = {"opsd": {"surrogate": "mle"}, "grpo_opsd": {"surrogate": "mle", "gate_beta": 0.0}}  # its scripts
 RECIPE = ("env", "model", "preset", "method")  # settings that determine the defaults of the others
 OF_ENV = {name: FIELDS[name].default for name in ("data", "human_goals", "retriever", "skills")}  # belong to one env
 TABLES = ENV_DEFAULTS | {f"tiny in {env}": row for env, row in TINY_DEFAULTS.items()}  # for --help
@@ -810,7 +810,7 @@ def make_rows(policy, cfg, episodes, skills):
         key = turn.prompt_ids, text
         if key not in prompts:
             ids = () if cfg.teacher == "none" else teacher_ids(policy.chat, cfg, turn, text)
-            prompts[key] = ids, contains(policy.chat.tokenizer.decode(ids or turn.prompt_ids), text)
+            prompts[key] = ids, not text or contains(policy.chat.tokenizer.decode(ids or turn.prompt_ids), text)
         rows.append(Row(turn.prompt_ids, prompts[key][0], turn.response.ids, advantage, turn.response.logp, source))
         missing += not prompts[key][1] or not text and source != "" and cfg.retrieval != "none"
     return rows, metrics | more | {"skills/missing": missing / len(rows)}
@@ -1065,12 +1065,10 @@ def train_step(policy, optimizer, rows, cfg, step):
 
 
 def scheduled(cfg, step):
-    """cfg with the coefficients of step 0, 1, ..: some fall linearly to 0."""
-    def falling(value, steps):
-        return value * max(0.0, 1 - step / steps) if steps else value
-
-    return dataclasses.replace(cfg, sdar_coef=falling(cfg.sdar_coef, cfg.sdar_decay),
-                               rlsd_mix=falling(cfg.rlsd_mix, cfg.rlsd_decay))
+    """cfg with the coefficients of step 0, 1, ..: two may fall linearly to 0."""
+    left = lambda steps: max(0.0, 1 - step / steps) if steps else 1.0
+    return dataclasses.replace(cfg, sdar_coef=cfg.sdar_coef * left(cfg.sdar_decay),
+                               rlsd_mix=cfg.rlsd_mix * left(cfg.rlsd_decay))
 
 
 def learning_rate(cfg, step):
@@ -1105,7 +1103,7 @@ def train(cfg, folder=None, checkpoint=None):
     environments = [env] + [make_env(cfg) for _ in range(count - 1)]
     skills = load_skills(cfg, env.task_types)
     policy = load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg, skills)
-    check_prompt_limit(policy, cfg, env)
+    turn_prompt(policy.chat, cfg, start_episode(cfg, Task("train", 0, 0), env), None)  # UserError if it can't fit
     optimizer = make_optimizer(policy.model, cfg)
     more = {"skills": skills} | ({"ema": policy.ema} if policy.ema else {})  # with a state of its own in checkpoints
     if checkpoint:
@@ -1150,34 +1148,24 @@ def learn(policy, optimizer, environments, skills, cfg, run):
 
 
 def evaluate(policy, cfg, environments, skills, run):
-    """Plays the evaluation set without skills, sampled and greedy, and with them where the student trains with them;
-    logs it and draws curve.png."""
+    """Plays the evaluation set sampled, greedily, and with skills if the student trains with them; logs, draws."""
     tasks = evaluation_tasks(cfg, environments[0])
-
-    def play_all(doing, temperature=cfg.eval_temperature, skills=None):
-        return rollout(policy, environments, tasks, cfg, temperature=temperature, skills=skills, seed=cfg.seed,
-                       doing=doing)
-
-    sampled, by_type = play_all("evaluation"), defaultdict(list)
-    for e in sampled:
-        by_type[f"eval/success/{e.task_type}"].append(e.won)
-    others = {"greedy": play_all("greedy evaluation", temperature=0)} if cfg.eval_greedy else {}
+    play_all = functools.partial(rollout, policy, environments, tasks, cfg, seed=cfg.seed)
+    sampled, others = play_all(temperature=cfg.eval_temperature, doing="evaluation"), {}
+    if cfg.eval_greedy:
+        others["greedy"] = play_all(temperature=0, doing="greedy evaluation")
     if cfg.student_skills:
-        others["skilled"] = play_all("evaluation with skills", skills=skills)
+        others["skilled"] = play_all(temperature=cfg.eval_temperature, skills=skills, doing="evaluation with skills")
     success = {name: runs.mean(e.won for e in some) for name, some in others.items()}
     metrics = {"eval/success": runs.mean(e.won for e in sampled), "eval/score": runs.mean(e.score for e in sampled),
                **{f"eval/{name}_success": rate for name, rate in success.items()},
                "eval/errors": sum(e.errors for e in itertools.chain(sampled, *others.values())),
-               **{name: runs.mean(won) for name, won in sorted(by_type.items())}}
+               **{f"eval/success/{kind}": runs.mean(e.won for e in sampled if e.task_type == kind)
+                  for kind in sorted({e.task_type for e in sampled})}}
     run.log(run.step, metrics, f"evaluation after step {run.step}: success {metrics['eval/success']:.3f} at T="
             f"{cfg.eval_temperature:g}{''.join(f', {rate:.3f} {name}' for name, rate in success.items())} "
             f"({len(tasks)} of {cfg.eval_split})")
     runs.plot_curve(run.folder, cfg)
-
-
-def check_prompt_limit(policy, cfg, env):
-    """Raises UserError if the first task's prompt cannot be made to fit, before anything is saved."""
-    turn_prompt(policy.chat, cfg, start_episode(cfg, Task("train", 0, 0), env), None)
 
 
 # --------------------------------------------------------------------------------------------------------- command line

@@ -361,10 +361,10 @@ def draw_curve(run, cfg):
               "eval/success": (f"{tasks}, T={cfg.eval_temperature:g}", dict(color="C0", marker="o")),
               "eval/greedy_success": (f"{tasks}, greedy", dict(color="C1", marker="s"))}
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    for name, (label, style) in curves.items():
+    for name, (title, style) in curves.items():
         points = [(entry["step"], entry[name]) for entry in entries if isinstance(entry.get(name), float | int)]
         if points:
-            axes.plot(*zip(*points), label=label, **style)
+            axes.plot(*zip(*points), label=title, **style)
     axes.set(xlabel="step", ylabel="success rate", ylim=(0, 1),
              title=f"{label(cfg)} on {cfg.env} ({data_label(cfg.data)})".replace("$", r"\$"))  # no mathematics
     axes.xaxis.get_major_locator().set_params(integer=True)
