@@ -183,9 +183,10 @@ def holm(p_values):
 
 
 def sample_size(difference, variance):
-    """How many pairs, of tasks or of seeds, would show a mean difference this large with 80 % power; inf for 0.
+    """How many pairs, of tasks or of seeds, would show a mean difference this large with 80 % power: 2 or more; inf
+    for 0.
 
     n = (z_0.975 + z_0.8)^2 variance / difference^2, with the variance of the paired differences: the normal
     approximation, as in Miller 2024 (arXiv 2411.00640). It takes the difference seen for the true one.
     """
-    return math.ceil((Z + Z_POWER) ** 2 * variance / difference ** 2) if difference else math.inf
+    return max(2, math.ceil((Z + Z_POWER) ** 2 * variance / difference ** 2)) if difference else math.inf
