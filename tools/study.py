@@ -203,8 +203,8 @@ class Crew:
 def last_words(log, status):
     """Why a program failed: its error sentence, or the last line of its output."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return f"{[*lines, 'no output', *errors][-1] if errors or not lines else lines[-1]} (status {status})"
+    said = [line for line in lines if line.startswith("error: ")] or lines or ["no output"]
+    return f"{said[-1].removeprefix('error: ').rstrip('.')} (status {status})."
 
 
 def carry_out(runs, study, path, root, jobs):
@@ -252,9 +252,9 @@ def read_study(path):
 
 
 def is_current(one):
-    if one["arm"].startswith(RATE):
-        return True
-    return one["arm"] in ARMS and one["flags"] == settings(one["part"], one["env"], ARMS[one["arm"]])
+    """Whether the study would make a recorded run with the same settings today."""
+    return one["arm"].startswith(RATE) or one["arm"] in ARMS and one["flags"] == settings(
+        one["part"], one["env"], ARMS[one["arm"]])
 
 
 def write_study(path, study):
@@ -328,7 +328,7 @@ def program(argv):
     report(study, out)
     failed = [one for one in study.values() if "error" in one]
     if failed:
-        raise UserError(f"{len(failed)} runs failed, such as {study_report.line(failed[0])}. The next start tries them "
+        raise UserError(f"Runs that failed: {len(failed)}, such as {study_report.line(failed[0])} The next start tries "
                         "again.")
 
 
