@@ -35,7 +35,7 @@ PROGRAM = [sys.executable, "sdar.py"]
 # ---------------------------------------------------------------------------------------------------------- the design
 
 SMALL = {"lr_schedule": "linear", "warmup": 3}
-REGIMES = {  # part, environment -> size and rate of a step; rates were chosen on grpo's training success alone
+REGIMES = {  # part, environment -> size of a step, rate; a rate may be chosen on grpo's training success alone
     ("A", "webshop"): SMALL | {"tasks": 2, "group_size": 4, "steps": 20, "lr": 1e-4},
     ("A", "search"): SMALL | {"tasks": 2, "group_size": 4, "steps": 40, "lr": 1e-4},
     ("A", "alfworld"): SMALL | {"tasks": 2, "group_size": 4, "steps": 20, "lr": 2e-4},
