@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib import folders
-from lib.program import UserError, exit_status, to_json, try_lock, write_atomically
+from lib.program import UserError, exit_status, to_json, write_atomically
 from lib.runs import handling, mean
 from lib.settings import Parser
 from tools import study_report
@@ -54,24 +54,18 @@ def sdar(coef=1.0, **changes):
 ARMS = {  # settings that make an arm; strengths are written out, whatever the defaults are
     "grpo": {"method": "grpo"},
     "gigpo": {"method": "gigpo"},
-    "sdar_0.01": sdar(0.01),  # the paper's lambda
-    "sdar_0.1": sdar(0.1),
-    "sdar_0.3": sdar(0.3),
-    "sdar_1": sdar(),
+    **{f"sdar_{coef:g}": sdar(coef) for coef in (0.01, 0.1, 0.3, 1.0)},  # the paper's lambda is 0.01
     "centered_1": sdar(surrogate="centered"),
     "rkl_1": sdar(surrogate="rkl"),
     "failed_1": sdar(distill="failed"),
     "decayed_1": sdar(sdar_decay=20),
-    "opsd_0.01": {"method": "opsd", "sdar_coef": 0.01},
-    "opsd_1": {"method": "opsd", "sdar_coef": 1.0},
-    "grpo_opsd_0.01": {"method": "grpo_opsd", "sdar_coef": 0.01},
-    "grpo_opsd_1": {"method": "grpo_opsd", "sdar_coef": 1.0},
+    **{f"{method}_{coef:g}": {"method": method, "sdar_coef": coef}
+       for method in ("opsd", "grpo_opsd") for coef in (0.01, 1.0)},
     "skill_grpo": {"method": "skill_grpo"},
     "rlsd": {"method": "rlsd"},
-    "skill_sd_0.001": {"method": "skill_sd", "sdar_coef": 0.001},
-    "skill_sd_1": {"method": "skill_sd", "sdar_coef": 1.0},
-    "opid_0.001": {"method": "opid", "analyser": "rules", "opid_episode_weight": 0.001, "opid_step_weight": 0.001},
-    "opid_1": {"method": "opid", "analyser": "rules", "opid_episode_weight": 1.0, "opid_step_weight": 1.0},
+    **{f"skill_sd_{coef:g}": {"method": "skill_sd", "sdar_coef": coef} for coef in (0.001, 1.0)},
+    **{f"opid_{weight:g}": {"method": "opid", "analyser": "rules", "opid_episode_weight": weight,
+                            "opid_step_weight": weight} for weight in (0.001, 1.0)},
     "no_gate_1": sdar(gate="none"),  # controls from here on: a weight of 1 whatever the teacher says
     "no_skill_1": sdar(retrieval="none"),  # the teacher reads what the student reads: gap 0, gate 1/2, as at beta 0
     "shuffled_1": sdar(skills="shuffled"),
@@ -145,18 +139,6 @@ def outcome(run, folder):
         "zero_variance": round(mean(e["grpo/zero_variance_groups"] for e in trained), 4)}
 
 
-def clear(folder):
-    """Deletes what an interrupted run left. Raises UserError while a program still writes to it."""
-    if folder.exists():
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            if not try_lock(descriptor):
-                raise UserError(f"Another program is writing to {folder}: wait for it to end, or stop it.")
-        finally:
-            os.close(descriptor)
-        shutil.rmtree(folder)
-
-
 class Crew:
     """The processes that train, which end before the study does."""
 
@@ -171,7 +153,9 @@ class Crew:
         folder = root.joinpath(*map(str, key(run)))
         found = outcome(run, folder)
         if found is None and not self.stopping:
-            clear(folder)
+            if folder.exists():  # what an interrupted run left
+                folders.lock(folder)  # UserError while a program still writes to it
+                shutil.rmtree(folder)
             folder.parent.mkdir(parents=True, exist_ok=True)
             log = folder.with_name(f"{run['seed']}.log")
             status = self.train(command(run, folder), log)
@@ -222,9 +206,10 @@ def carry_out(runs, study, path, root, jobs):
                     bar.update()
                     sys.stdout.flush()
             except BaseException:
-                for one in waiting:
-                    one.cancel()
-                crew.stop()
+                with handling(lambda *_: None):  # a second Ctrl-C must leave no run behind
+                    bar.write("stopping the runs in progress ...")
+                    crew.stop()
+                    pool.shutdown(cancel_futures=True)
                 raise
 
 
@@ -242,19 +227,25 @@ def read_study(path):
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["format"] != FORMAT:
             raise ValueError(f"its format is {stored['format']!r}")
-        runs = {key(one): one for one in stored["runs"]}
-        kept = {key: one for key, one in runs.items() if is_current(one)}
+        current = [one for one in stored["runs"] if is_current(one)]
+        study = {key(one): one for one in current}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} was not written by this version of the study ({error}): move it away.") from error
-    if len(kept) < len(runs):
-        print(f"{len(runs) - len(kept)} runs of {path} have settings that the study no longer has: left out")
-    return kept
+    others = len(stored["runs"]) - len(current)
+    if others:
+        print(f"{others} runs of {path} have settings that the study no longer has: left out")
+    return study
 
 
 def is_current(one):
     """Whether the study would make a recorded run with the same settings today."""
     return one["arm"].startswith(RATE) or one["arm"] in ARMS and one["flags"] == settings(
         one["part"], one["env"], ARMS[one["arm"]])
+
+
+def is_done(run, study):
+    one = study.get(key(run), {"error": "not tried"})
+    return "error" not in one and one["flags"] == run["flags"]
 
 
 def write_study(path, study):
@@ -277,10 +268,12 @@ def reported(study):
 
 
 def report(study, out):
-    """study.png in `out`, and the tables: in docs/study.md for the study's own folder, else in <out>/study.md."""
+    """Writes study.json, study.png and the tables: into docs/study.md for the study's own folder, else <out>/study.md.
+    """
     records = reported(study)
     if all("error" in one for one in records):
         raise UserError(f"{out / 'study.json'} holds no finished run, so there is nothing to report.")
+    write_study(out / "study.json", study)
     page = ROOT / "docs" / "study.md" if out.resolve() == ROOT / "results" else out / "study.md"
     study_report.insert(study_report.tables(records), page)
     study_report.draw(records, out / "study.png")
@@ -295,7 +288,7 @@ def parse(argv):
     add("--part", choices=("A", "B"), default=None, help="one part alone")
     add("--env", choices=tuple(SPLITS), default=None, help="one environment alone")
     add("--seeds", type=int, default=None, help="seeds per arm instead of the study's own number")
-    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one core each (default: all cores)")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a core each (default: all cores)")
     add("--out", type=Path, default=None, help="folder of study.json and study.png (default: results)")
     add("--rates", type=float, nargs="+", default=None, metavar="LR", help="grpo alone at these learning rates")
     add("--report", action="store_true", default=False, help="run nothing: tables and picture from study.json")
@@ -319,12 +312,11 @@ def program(argv):
     study = {} if args.quick else read_study(path)
     if not args.report:
         runs = plan(args.part, args.env, args.seeds, args.rates, args.quick)
-        todo = [run for run in runs if "error" in study.get(key(run), {"error"})]
+        todo = [run for run in runs if not is_done(run, study)]
         print(f"{len(runs)} runs, of which {len(runs) - len(todo)} are done", flush=True)
         carry_out(todo, study, path, root, args.jobs)
         if args.rates:
             return print(study_report.rates([study[key(run)] for run in runs]))
-    write_study(path, study)
     report(study, out)
     failed = [one for one in study.values() if "error" in one]
     if failed:
