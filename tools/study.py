@@ -43,8 +43,7 @@ REGIMES = {  # part, environment -> size of a step, rate; a rate may be chosen o
     ("B", "search"): SMALL | {"tasks": 8, "group_size": 8, "steps": 60, "lr": 4e-4},
     ("B", "alfworld"): SMALL | {"tasks": 4, "group_size": 8, "steps": 20, "lr": 4e-4}}
 SPLITS = {"webshop": "val", "search": "val", "alfworld": "valid_seen,valid_unseen"}  # none has tasks of training
-SEEDS = {("A", "webshop"): 10, ("A", "search"): 10, ("A", "alfworld"): 5,
-         ("B", "webshop"): 5, ("B", "search"): 5, ("B", "alfworld"): 3}
+SEEDS = dict(zip(REGIMES, (10, 10, 5, 5, 5, 3)))
 
 
 def sdar(coef=1.0, **changes):
@@ -94,22 +93,22 @@ def settings(part, env, changes):
     return {"env": env, "model": "tiny"} | regime | evaluation | changes
 
 
-def arms_of(regime, rates=None, quick=False):
-    """-> {arm: flags} of a regime; rates: of grpo at these learning rates, without evaluation."""
+def arms_of(regime, chosen=None, rates=None, quick=False):
+    """-> {arm: flags} of a regime, or of those chosen; rates: grpo alone at these learning rates, never evaluated."""
     if rates:
         flags = {name: value for name, value in settings(*regime, ARMS["grpo"]).items() if not name.startswith("eval_")}
         return {f"{RATE}{rate:g}": flags | {"lr": rate, "eval_every": 0} for rate in rates}
-    names = ("grpo", "sdar_1") if quick else FEWER_ARMS.get(regime, ARMS)
+    names = chosen or (("grpo", "sdar_1") if quick else FEWER_ARMS.get(regime, ARMS))
     return {name: settings(*regime, ARMS[name] | (QUICK if quick else {})) for name in names}
 
 
-def plan(part=None, env=None, seeds=None, rates=None, quick=False):
-    """The study's runs, of all parts and environments unless one is given, in their order: seed 0 of every arm of an
-    environment comes before seed 1 of any. seeds: how many instead of the study's own number."""
+def plan(part=None, env=None, arms=None, seeds=None, rates=None, quick=False):
+    """The study's runs, of all parts, environments and arms or of those given, in their order: seed 0 of every arm of
+    an environment comes before seed 1 of any. seeds: how many instead of the study's own number."""
     return [{"part": regime[0], "env": regime[1], "arm": arm, "seed": seed, "flags": flags}
             for regime in REGIMES if part in (None, regime[0]) and env in (None, regime[1])
             for seed in range(seeds or (1 if quick else 3 if rates else SEEDS[regime]))
-            for arm, flags in arms_of(regime, rates, quick).items()]
+            for arm, flags in arms_of(regime, arms, rates, quick).items()]
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
@@ -191,7 +190,7 @@ def last_words(log, status):
     return f"{said[-1].removeprefix('error: ').rstrip('.')} (status {status})."
 
 
-def carry_out(runs, study, path, root, jobs):
+def carry_out(runs, study, out, root, jobs):
     """Plays the runs, `jobs` at a time, and writes study.json after each. However it ends, no run is left behind."""
     crew = Crew()
     with tqdm(total=len(runs), unit="run", dynamic_ncols=True, disable=None) as bar, ThreadPoolExecutor(jobs) as pool:
@@ -201,7 +200,7 @@ def carry_out(runs, study, path, root, jobs):
                 for done in as_completed(waiting):
                     one = done.result()
                     study[key(one)] = one
-                    write_study(path, study)
+                    write_study(out, study)
                     bar.write(study_report.line(one))
                     bar.update()
                     sys.stdout.flush()
@@ -219,8 +218,8 @@ FORMAT = "sdar study 1"
 
 
 def read_study(path):
-    """study.json -> {(part, env, arm, seed): record}. Runs whose settings the study no longer has are left out, with a
-    line that says how many. Raises UserError for another file."""
+    """study.json -> {key: record}. Runs with other settings than today's are left out, with a line that says how many.
+    Raises UserError for another file."""
     if not path.exists():
         return {}
     try:
@@ -248,12 +247,12 @@ def is_done(run, study):
     return "error" not in one and one["flags"] == run["flags"]
 
 
-def write_study(path, study):
+def write_study(out, study):
     """One line per run and per row of the summary, so that two versions of the file can be compared."""
     parts = {"runs": in_order(study), "summary": study_report.summary(reported(study))}
     lists = [f'"{name}": [\n' + ",\n".join(map(to_json, rows)) + "\n]" for name, rows in parts.items()]
     head = f'{{"format": "{FORMAT}", "command": "python -m tools.study",\n'
-    write_atomically({path: head + ",\n".join(lists) + "}\n"})
+    write_atomically({out / "study.json": head + ",\n".join(lists) + "}\n"})
 
 
 def in_order(study):
@@ -268,12 +267,11 @@ def reported(study):
 
 
 def report(study, out):
-    """Writes study.json, study.png and the tables: into docs/study.md for the study's own folder, else <out>/study.md.
-    """
+    """Writes study.json, study.png and the tables, in docs/study.md for the study's own folder, else <out>/study.md."""
     records = reported(study)
     if all("error" in one for one in records):
         raise UserError(f"{out / 'study.json'} holds no finished run, so there is nothing to report.")
-    write_study(out / "study.json", study)
+    write_study(out, study)
     page = ROOT / "docs" / "study.md" if out.resolve() == ROOT / "results" else out / "study.md"
     study_report.insert(study_report.tables(records), page)
     study_report.draw(records, out / "study.png")
@@ -287,6 +285,7 @@ def parse(argv):
     add = parser.add_argument_group("study").add_argument
     add("--part", choices=("A", "B"), default=None, help="one part alone")
     add("--env", choices=tuple(SPLITS), default=None, help="one environment alone")
+    add("--arms", choices=tuple(ARMS), nargs="+", default=None, metavar="ARM", help=f"of {', '.join(ARMS)}")
     add("--seeds", type=int, default=None, help="seeds per arm instead of the study's own number")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a core each (default: all cores)")
     add("--out", type=Path, default=None, help="folder of study.json and study.png (default: results)")
@@ -294,9 +293,8 @@ def parse(argv):
     add("--report", action="store_true", default=False, help="run nothing: tables and picture from study.json")
     add("--quick", action="store_true", default=False, help="a try of two arms, in runs/study-quick")
     args = parser.parse_args(argv)
-    for name in ("jobs", "seeds"):
-        if (getattr(args, name) or 1) < 1:
-            raise UserError(f"--{name} must be at least 1.")
+    if args.jobs < 1 or args.seeds is not None and args.seeds < 1:
+        raise UserError("--jobs and --seeds must be at least 1.")
     return args
 
 
@@ -308,13 +306,12 @@ def program(argv):
     out = args.out or (root if args.quick else ROOT / "results")
     folders.make_folder(out)
     folders.lock(out)
-    path = out / "study.json"
-    study = {} if args.quick else read_study(path)
+    study = {} if args.quick else read_study(out / "study.json")
     if not args.report:
-        runs = plan(args.part, args.env, args.seeds, args.rates, args.quick)
+        runs = plan(args.part, args.env, args.arms, args.seeds, args.rates, args.quick)
         todo = [run for run in runs if not is_done(run, study)]
         print(f"{len(runs)} runs, of which {len(runs) - len(todo)} are done", flush=True)
-        carry_out(todo, study, path, root, args.jobs)
+        carry_out(todo, study, out, root, args.jobs)
         if args.rates:
             return print(study_report.rates([study[key(run)] for run in runs]))
     report(study, out)
@@ -325,7 +322,7 @@ def program(argv):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status; bad input is one sentence on standard error and status 2."""
+    """The command line -> the exit status."""
     return exit_status(program, argv)
 
 
