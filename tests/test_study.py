@@ -14,11 +14,9 @@ from tools import study, study_report
 
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
-words, given = sys.argv[1:], {}
-while words:
-    name = words.pop(0).removeprefix("--")
-    given[name.removeprefix("no-")] = False if name.startswith("no-") else words.pop(0)
-given = {name: json.loads(text) if text and text[0].isdigit() else text for name, text in given.items()}
+words = [word for word in sys.argv[1:] if word != "--no-eval_greedy"]
+given = {name[2:]: json.loads(text) if text[0].isdigit() else text for name, text in zip(words[::2], words[1::2])}
+given["eval_greedy"] = False
 with open("played", "a") as file:
     file.write(f"{given['method']} {given['seed']}\\n")
 if given["method"] == os.environ.get("FAILS"):
