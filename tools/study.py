@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib import folders
-from lib.program import UserError, exit_status, to_json, try_lock, write_atomically
+from lib.program import UserError, exit_status, to_json, write_atomically
 from lib.runs import handling, mean
 from lib.settings import Parser
 from tools import study_report
@@ -43,8 +43,7 @@ REGIMES = {  # part, environment -> size of a step, rate; a rate may be chosen o
     ("B", "search"): SMALL | {"tasks": 8, "group_size": 8, "steps": 60, "lr": 4e-4},
     ("B", "alfworld"): SMALL | {"tasks": 4, "group_size": 8, "steps": 20, "lr": 4e-4}}
 SPLITS = {"webshop": "val", "search": "val", "alfworld": "valid_seen,valid_unseen"}  # none has tasks of training
-SEEDS = {("A", "webshop"): 10, ("A", "search"): 10, ("A", "alfworld"): 5,
-         ("B", "webshop"): 5, ("B", "search"): 5, ("B", "alfworld"): 3}
+SEEDS = dict(zip(REGIMES, (10, 10, 5, 5, 5, 3)))
 
 
 def sdar(coef=1.0, **changes):
@@ -54,24 +53,18 @@ def sdar(coef=1.0, **changes):
 ARMS = {  # settings that make an arm; strengths are written out, whatever the defaults are
     "grpo": {"method": "grpo"},
     "gigpo": {"method": "gigpo"},
-    "sdar_0.01": sdar(0.01),  # the paper's lambda
-    "sdar_0.1": sdar(0.1),
-    "sdar_0.3": sdar(0.3),
-    "sdar_1": sdar(),
+    **{f"sdar_{coef:g}": sdar(coef) for coef in (0.01, 0.1, 0.3, 1.0)},  # the paper's lambda is 0.01
     "centered_1": sdar(surrogate="centered"),
     "rkl_1": sdar(surrogate="rkl"),
     "failed_1": sdar(distill="failed"),
     "decayed_1": sdar(sdar_decay=20),
-    "opsd_0.01": {"method": "opsd", "sdar_coef": 0.01},
-    "opsd_1": {"method": "opsd", "sdar_coef": 1.0},
-    "grpo_opsd_0.01": {"method": "grpo_opsd", "sdar_coef": 0.01},
-    "grpo_opsd_1": {"method": "grpo_opsd", "sdar_coef": 1.0},
+    **{f"{method}_{coef:g}": {"method": method, "sdar_coef": coef}
+       for method in ("opsd", "grpo_opsd") for coef in (0.01, 1.0)},
     "skill_grpo": {"method": "skill_grpo"},
     "rlsd": {"method": "rlsd"},
-    "skill_sd_0.001": {"method": "skill_sd", "sdar_coef": 0.001},
-    "skill_sd_1": {"method": "skill_sd", "sdar_coef": 1.0},
-    "opid_0.001": {"method": "opid", "analyser": "rules", "opid_episode_weight": 0.001, "opid_step_weight": 0.001},
-    "opid_1": {"method": "opid", "analyser": "rules", "opid_episode_weight": 1.0, "opid_step_weight": 1.0},
+    **{f"skill_sd_{coef:g}": {"method": "skill_sd", "sdar_coef": coef} for coef in (0.001, 1.0)},
+    **{f"opid_{weight:g}": {"method": "opid", "analyser": "rules", "opid_episode_weight": weight,
+                            "opid_step_weight": weight} for weight in (0.001, 1.0)},
     "no_gate_1": sdar(gate="none"),  # controls from here on: a weight of 1 whatever the teacher says
     "no_skill_1": sdar(retrieval="none"),  # the teacher reads what the student reads: gap 0, gate 1/2, as at beta 0
     "shuffled_1": sdar(skills="shuffled"),
@@ -100,22 +93,22 @@ def settings(part, env, changes):
     return {"env": env, "model": "tiny"} | regime | evaluation | changes
 
 
-def arms_of(regime, rates=None, quick=False):
-    """-> {arm: flags} of a regime; rates: of grpo at these learning rates, without evaluation."""
+def arms_of(regime, chosen=None, rates=None, quick=False):
+    """-> {arm: flags} of a regime, or of those chosen; rates: grpo alone at these learning rates, never evaluated."""
     if rates:
         flags = {name: value for name, value in settings(*regime, ARMS["grpo"]).items() if not name.startswith("eval_")}
         return {f"{RATE}{rate:g}": flags | {"lr": rate, "eval_every": 0} for rate in rates}
-    names = ("grpo", "sdar_1") if quick else FEWER_ARMS.get(regime, ARMS)
+    names = chosen or (("grpo", "sdar_1") if quick else FEWER_ARMS.get(regime, ARMS))
     return {name: settings(*regime, ARMS[name] | (QUICK if quick else {})) for name in names}
 
 
-def plan(part=None, env=None, seeds=None, rates=None, quick=False):
-    """The study's runs, of all parts and environments unless one is given, in their order: seed 0 of every arm of an
-    environment comes before seed 1 of any. seeds: how many instead of the study's own number."""
+def plan(part=None, env=None, arms=None, seeds=None, rates=None, quick=False):
+    """The study's runs, of all parts, environments and arms or of those given, in their order: seed 0 of every arm of
+    an environment comes before seed 1 of any. seeds: how many instead of the study's own number."""
     return [{"part": regime[0], "env": regime[1], "arm": arm, "seed": seed, "flags": flags}
             for regime in REGIMES if part in (None, regime[0]) and env in (None, regime[1])
             for seed in range(seeds or (1 if quick else 3 if rates else SEEDS[regime]))
-            for arm, flags in arms_of(regime, rates, quick).items()]
+            for arm, flags in arms_of(regime, arms, rates, quick).items()]
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
@@ -145,18 +138,6 @@ def outcome(run, folder):
         "zero_variance": round(mean(e["grpo/zero_variance_groups"] for e in trained), 4)}
 
 
-def clear(folder):
-    """Deletes what an interrupted run left. Raises UserError while a program still writes to it."""
-    if folder.exists():
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            if not try_lock(descriptor):
-                raise UserError(f"Another program is writing to {folder}: wait for it to end, or stop it.")
-        finally:
-            os.close(descriptor)
-        shutil.rmtree(folder)
-
-
 class Crew:
     """The processes that train, which end before the study does."""
 
@@ -171,7 +152,9 @@ class Crew:
         folder = root.joinpath(*map(str, key(run)))
         found = outcome(run, folder)
         if found is None and not self.stopping:
-            clear(folder)
+            if folder.exists():  # what an interrupted run left
+                folders.lock(folder)  # UserError while a program still writes to it
+                shutil.rmtree(folder)
             folder.parent.mkdir(parents=True, exist_ok=True)
             log = folder.with_name(f"{run['seed']}.log")
             status = self.train(command(run, folder), log)
@@ -207,7 +190,7 @@ def last_words(log, status):
     return f"{said[-1].removeprefix('error: ').rstrip('.')} (status {status})."
 
 
-def carry_out(runs, study, path, root, jobs):
+def carry_out(runs, study, out, root, jobs):
     """Plays the runs, `jobs` at a time, and writes study.json after each. However it ends, no run is left behind."""
     crew = Crew()
     with tqdm(total=len(runs), unit="run", dynamic_ncols=True, disable=None) as bar, ThreadPoolExecutor(jobs) as pool:
@@ -217,14 +200,15 @@ def carry_out(runs, study, path, root, jobs):
                 for done in as_completed(waiting):
                     one = done.result()
                     study[key(one)] = one
-                    write_study(path, study)
+                    write_study(out, study)
                     bar.write(study_report.line(one))
                     bar.update()
                     sys.stdout.flush()
             except BaseException:
-                for one in waiting:
-                    one.cancel()
-                crew.stop()
+                with handling(lambda *_: None):  # a second Ctrl-C must leave no run behind
+                    bar.write("stopping the runs in progress ...")
+                    crew.stop()
+                    pool.shutdown(cancel_futures=True)
                 raise
 
 
@@ -234,21 +218,22 @@ FORMAT = "sdar study 1"
 
 
 def read_study(path):
-    """study.json -> {(part, env, arm, seed): record}. Runs whose settings the study no longer has are left out, with a
-    line that says how many. Raises UserError for another file."""
+    """study.json -> {key: record}. Runs with other settings than today's are left out, with a line that says how many.
+    Raises UserError for another file."""
     if not path.exists():
         return {}
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["format"] != FORMAT:
             raise ValueError(f"its format is {stored['format']!r}")
-        runs = {key(one): one for one in stored["runs"]}
-        kept = {key: one for key, one in runs.items() if is_current(one)}
+        current = [one for one in stored["runs"] if is_current(one)]
+        study = {key(one): one for one in current}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} was not written by this version of the study ({error}): move it away.") from error
-    if len(kept) < len(runs):
-        print(f"{len(runs) - len(kept)} runs of {path} have settings that the study no longer has: left out")
-    return kept
+    others = len(stored["runs"]) - len(current)
+    if others:
+        print(f"{others} runs of {path} have settings that the study no longer has: left out")
+    return study
 
 
 def is_current(one):
@@ -257,12 +242,17 @@ def is_current(one):
         one["part"], one["env"], ARMS[one["arm"]])
 
 
-def write_study(path, study):
+def is_done(run, study):
+    one = study.get(key(run), {"error": "not tried"})
+    return "error" not in one and one["flags"] == run["flags"]
+
+
+def write_study(out, study):
     """One line per run and per row of the summary, so that two versions of the file can be compared."""
     parts = {"runs": in_order(study), "summary": study_report.summary(reported(study))}
     lists = [f'"{name}": [\n' + ",\n".join(map(to_json, rows)) + "\n]" for name, rows in parts.items()]
     head = f'{{"format": "{FORMAT}", "command": "python -m tools.study",\n'
-    write_atomically({path: head + ",\n".join(lists) + "}\n"})
+    write_atomically({out / "study.json": head + ",\n".join(lists) + "}\n"})
 
 
 def in_order(study):
@@ -277,10 +267,11 @@ def reported(study):
 
 
 def report(study, out):
-    """study.png in `out`, and the tables: in docs/study.md for the study's own folder, else in <out>/study.md."""
+    """Writes study.json, study.png and the tables, in docs/study.md for the study's own folder, else <out>/study.md."""
     records = reported(study)
     if all("error" in one for one in records):
         raise UserError(f"{out / 'study.json'} holds no finished run, so there is nothing to report.")
+    write_study(out, study)
     page = ROOT / "docs" / "study.md" if out.resolve() == ROOT / "results" else out / "study.md"
     study_report.insert(study_report.tables(records), page)
     study_report.draw(records, out / "study.png")
@@ -294,16 +285,16 @@ def parse(argv):
     add = parser.add_argument_group("study").add_argument
     add("--part", choices=("A", "B"), default=None, help="one part alone")
     add("--env", choices=tuple(SPLITS), default=None, help="one environment alone")
+    add("--arms", choices=tuple(ARMS), nargs="+", default=None, metavar="ARM", help=f"of {', '.join(ARMS)}")
     add("--seeds", type=int, default=None, help="seeds per arm instead of the study's own number")
-    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one core each (default: all cores)")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a core each (default: all cores)")
     add("--out", type=Path, default=None, help="folder of study.json and study.png (default: results)")
     add("--rates", type=float, nargs="+", default=None, metavar="LR", help="grpo alone at these learning rates")
     add("--report", action="store_true", default=False, help="run nothing: tables and picture from study.json")
     add("--quick", action="store_true", default=False, help="a try of two arms, in runs/study-quick")
     args = parser.parse_args(argv)
-    for name in ("jobs", "seeds"):
-        if (getattr(args, name) or 1) < 1:
-            raise UserError(f"--{name} must be at least 1.")
+    if args.jobs < 1 or args.seeds is not None and args.seeds < 1:
+        raise UserError("--jobs and --seeds must be at least 1.")
     return args
 
 
@@ -315,16 +306,14 @@ def program(argv):
     out = args.out or (root if args.quick else ROOT / "results")
     folders.make_folder(out)
     folders.lock(out)
-    path = out / "study.json"
-    study = {} if args.quick else read_study(path)
+    study = {} if args.quick else read_study(out / "study.json")
     if not args.report:
-        runs = plan(args.part, args.env, args.seeds, args.rates, args.quick)
-        todo = [run for run in runs if "error" in study.get(key(run), {"error"})]
+        runs = plan(args.part, args.env, args.arms, args.seeds, args.rates, args.quick)
+        todo = [run for run in runs if not is_done(run, study)]
         print(f"{len(runs)} runs, of which {len(runs) - len(todo)} are done", flush=True)
-        carry_out(todo, study, path, root, args.jobs)
+        carry_out(todo, study, out, root, args.jobs)
         if args.rates:
             return print(study_report.rates([study[key(run)] for run in runs]))
-    write_study(path, study)
     report(study, out)
     failed = [one for one in study.values() if "error" in one]
     if failed:
@@ -333,7 +322,7 @@ def program(argv):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status; bad input is one sentence on standard error and status 2."""
+    """The command line -> the exit status."""
     return exit_status(program, argv)
 
 
