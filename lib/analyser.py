@@ -84,9 +84,9 @@ def choose(faults, most):
     return dict(sorted(skills.items()))
 
 
-def quote(text, most=80):
-    """Text of an episode as part of a sentence: on one line, and not longer than `most`."""
-    return " ".join(text.split())[:most]
+def quote(text):
+    """Text of an episode as part of a sentence: on one line, and not longer than 80 characters."""
+    return " ".join(text.split())[:80]
 
 
 # ------------------------------------------------------------------------------------------------------------- WebShop
@@ -144,7 +144,7 @@ def webshop(task, won, steps):
             faults.append((i, "invalid", "Click a label in brackets that the page shows."))
         elif verb == "search":
             path = [step.action]
-            if 2 * len(request.lacks(label)) >= len(request.lacks("")) > 0:
+            if not won and 2 * len(request.lacks(label)) >= len(request.lacks("")) > 0:
                 faults.append((i, "query", f"Search with every detail of the request: {quote(request.details)}."))
         elif label == "next >" or label in products:
             path = [action for action in path if action.startswith(("search", "click[next >"))] + [step.action]
@@ -224,8 +224,10 @@ class House:
         self.verb, self.appliance = TREATMENTS.get(self.how, ("", ""))
         self.here, self.held, self.sees, self.treated, self.closed, self.brought = "", "", [], set(), False, False
         self.unseen = re.findall(r"\ba (\w+ \d+)", steps[0].observation) if steps else []
-        self.spots = {thing.split()[0]: f": go to {place}" for step in reversed(steps)
-                      for place, things in [contents(step.observation)] for thing in things}  # hindsight
+        self.spots = {}  # with hindsight: where each kind of thing was seen first, now or later
+        for place, things in map(contents, (step.observation for step in steps)):
+            for thing in things:
+                self.spots.setdefault(thing.split()[0], place)
 
     def update(self, action, observation):
         """action: the last one if it did something, or ""; observation: what it showed."""
@@ -237,7 +239,7 @@ class House:
             self.held, self.sees = thing, [other for other in self.sees if other != thing]
         elif verb in ("put", "move"):
             self.brought |= self.how == "two" and thing.startswith(f"{self.kind} ") and self.arrived
-            self.held, self.sees = "", [*self.sees, thing]
+            self.held, self.sees, self.spots[thing.split()[0]] = "", [*self.sees, thing], self.here
         elif verb and verb == self.verb:
             self.treated.add(thing)
         place, things = contents(observation)
@@ -255,16 +257,17 @@ class House:
         thing = next((thing for thing in self.sees if thing.startswith(f"{kind} ")
                       and not (self.arrived and (thing in self.treated or not self.verb))), "")
         light = next((thing for thing in self.sees if thing.startswith(f"{target} ")), "")
+        wanted = target if held else kind
+        spot = f": go to {self.spots[wanted]}" if wanted in self.spots else ""
         goals = [  # the first that holds is the next
             (held and not held.startswith(f"{kind} "), "other", f"Put {held} down and look for the {kind}.",
              "(put|move) "),
             (thing and not held, "take", f"Take {thing} now.", f"take {kind} "),
             (self.closed and not held, "search", f"Open {here} and look inside.", "open "),
-            (self.brought and not held, "two", f"Search for another {kind} and bring it to the same place.", "go |open"),
-            (not held, "search", f"Search another place for the {kind}{self.spots.get(kind, '')}.",
-             f"go to ({'|'.join(self.unseen)})"),
+            (self.brought and not held, "two", f"Search for another {kind} and bring it to the same place.", "go|open"),
+            (not held, "search", f"Search another place for the {kind}{spot}.", f"go to ({'|'.join(self.unseen)})"),
             (lamp and light, "lamp", f"Turn on the lamp: use {light}.", f"use {target} "),
-            (lamp, "lamp", f"Find the {target} and turn it on{self.spots.get(target, '')}.", "go |open"),
+            (lamp, "lamp", f"Find the {target} and turn it on{spot}.", "go |open"),
             (self.verb and held not in self.treated, self.verb, f"{self.verb.title()} the {kind} with the "
              f"{self.appliance} first.", f"{self.verb} |(go to|open|close) {self.appliance} "),
             (not self.arrived, "place", f"Bring the {kind} to the {target} and place it there.", f"go to {target} "),
@@ -280,9 +283,8 @@ def search(task, won, steps):
     both = re.search(r"of (.{1,60}) and (.{1,60}?) (?:has|have|is|was|did)\b|, (.{1,60}?) or (.{1,60}?)\?*$", task)
     capitalised = re.findall(r"(?<=\s)[A-Z][\w.'-]*\b(?: [A-Z][\w.'-]*\b)*", task)
     last = re.findall(r"\b(\w+)(?: have)?\W*$", task)
-    names = [name.lower() for name in (both.groups() if both else capitalised or last) if name]
-    goal = quote(" and ".join(filter(None, both.groups()) if both else capitalised or last))
-    found, queries, faults = "", [], []
+    names = list(filter(None, both.groups())) if both else capitalised or last or ["a name that the question gives"]
+    goal, found, queries, faults = quote(" and ".join(names)), "", [], []
     for i, step in enumerate(steps):
         found += step.observation.lower() if i else ""
         block = re.match(r"<(search|answer)>(.*)</", step.action, re.DOTALL)
@@ -290,7 +292,7 @@ def search(task, won, steps):
         if not step.valid or not block:
             rules = [(True, "invalid", "Think first, then write one search or one answer.")]
         elif block[1] == "search":
-            named = sum(name in words for name in names)
+            named = sum(name.lower() in words for name in names)
             rules = [(words in queries, "repeat", "Search for something else than before."),
                      (both and not won and named < 2, "both", f"Search for both names at once: {goal}."),
                      (not named and words not in found, "topic", f"Search for {goal}, not for the topic."),
@@ -321,8 +323,8 @@ Answer with one JSON object of this form and nothing else:
 {{"episode_summary": "..", "episode_skill": "..", "step_skills": {{"0": ".."}}}}
 episode_summary: what happened, in one or two sentences.
 episode_skill: {about}.
-step_skills: for at most {most} decisive steps, by their numbers, one short imperative sentence each. It tells the agent \
-what to do at that step, not what it did."""
+step_skills: for at most {most} decisive steps, by their numbers, one short imperative sentence each. It says what to \
+do at that step, not what was done."""
 
 
 def analysis_prompt(task, won, steps, most, error=None, previous=""):
