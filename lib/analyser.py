@@ -155,7 +155,8 @@ def webshop(task, won, steps):
                 advice = f"Take the one that fits: click[{quote(better)}]." if better else "None fits: go on to others."
                 faults.append((i, "fit" if label in lacks else "price", advice))
         elif product:
-            path += [step.action] if label == "buy now" or label in request.options(values) else []
+            new = label == "buy now" or label in request.options(values) and label not in chosen
+            path += [step.action] if new else []
             faults += [(i, *fault) for fault in item_faults(request, product, values, label, chosen, fewest, won)]
             chosen.add(label)
     if steps and not won and steps[-1].action != "click[buy now]":
@@ -364,7 +365,7 @@ def parse_analysis(text, candidates, most):
 
 def read_objects(text, tries=50):
     """Yields the JSON objects and Python dicts that begin at one of the first braces of a text, in order."""
-    text = re.sub(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', lambda match: match[1] or "", text, flags=re.DOTALL)
+    text = re.sub(r'("(?:[^"\\]|\\.)*"?)|,(?=\s*[}\]])', lambda match: match[1] or "", text, flags=re.DOTALL)
     for brace in islice(re.finditer("{", text), tries):
         for read in (lambda part: json.JSONDecoder().raw_decode(part)[0],
                      lambda part: ast.literal_eval(part[:part.rindex("}") + 1])):
