@@ -28,7 +28,7 @@ class Analysis(NamedTuple):
     step_skills: dict  # {step from 0: one imperative sentence}
 
 
-LESSONS = {  # what to avoid; in the words of data/skills, with which the bundled model was trained
+LESSONS = {  # in the words of data/skills, with which the bundled model was trained
     "query": "Search with every detail of the request, not for the bare product.",
     "price": "Compare the price with the limit before you open a product: if the first one costs too much, take the "
              "next that fits.",
@@ -59,19 +59,19 @@ LESSONS = {  # what to avoid; in the words of data/skills, with which the bundle
 def by_rules(env, task, won, steps):
     """The analysis of an episode by the rules of its environment, or None where they find nothing to say.
 
-    env: "webshop" | "alfworld" | "search"; steps: list of Step, in order. A success is told as what worked, a failure
-    as what to avoid. A step skill stands where a rule finds a fault, in a success, too, and says what to do instead.
+    env: "webshop" | "alfworld" | "search"; steps: list of Step, in order. The episode skill of a success tells the
+    workflow that it followed, that of a failure the rules that it broke. A step skill stands where a rule was broken,
+    in a success, too, and says what to do instead.
     """
-    faults, lesson, path = RULES[env](task, won, steps)  # faults: of (step, key of LESSONS, advice)
+    faults, workflow = RULES[env](task, won, steps)  # [(step, key of LESSONS, advice)], keys of LESSONS in order
     done, faulty = set(), {i for i, _, _ in faults}
     for i, step in enumerate(steps):
         if (step.observation, step.action) in done and i not in faulty and step.action:
             faults.append((i, "repeat", f"Do not repeat {quote(step.action)}: it changed nothing."))
         done.add((step.observation, step.action))
     faults.sort()
-    skill = " ".join(dict.fromkeys(LESSONS[key] for _, key, _ in faults))
-    if won and path:
-        skill = f"{LESSONS[lesson]} What worked: {', then '.join(map(quote, path))}."
+    lessons = won and workflow or [key for _, key, _ in faults]
+    skill = " ".join(dict.fromkeys(LESSONS[key] for key in lessons))
     return Analysis(skill, choose(faults, MOST[env])) if skill else None
 
 
@@ -134,8 +134,8 @@ def read_page(observation):
 
 
 def webshop(task, won, steps):
-    """(faults, lesson of a success, its path: the last search and what was opened and chosen from there)"""
-    request, faults, path, chosen = Request(task), [], [], set()
+    """Faults and workflow, as in `by_rules`. Title, price and options of what was opened are held against the task."""
+    request, faults, workflow, chosen = Request(task), [], [], set()
     fewest = 0  # of the details asked for, how many the best product found lacks
     for i, step in enumerate(steps):
         products, product, values = read_page(step.observation)
@@ -143,25 +143,25 @@ def webshop(task, won, steps):
         if not step.valid:
             faults.append((i, "invalid", "Click a label in brackets that the page shows."))
         elif verb == "search":
-            path = [step.action]
-            if not won and 2 * len(request.lacks(label)) >= len(request.lacks("")) > 0:
+            if 2 * len(request.lacks(label)) < len(request.lacks("")):
+                workflow.append("query")
+            elif not won:
                 faults.append((i, "query", f"Search with every detail of the request: {quote(request.details)}."))
-        elif label == "next >" or label in products:
-            path = [action for action in path if action.startswith(("search", "click[next >"))] + [step.action]
+        elif label in products:
+            workflow.append("price")
             chosen, lacks = set(), {other: len(request.lacks(title)) for other, (title, price) in products.items()
                                     if price <= request.limit}
             fewest, better = min(lacks.values(), default=0), min(lacks, key=lacks.get, default="")
-            if not won and label in products and lacks.get(label, fewest + 1) > fewest:
+            if not won and lacks.get(label, fewest + 1) > fewest:
                 advice = f"Take the one that fits: click[{quote(better)}]." if better else "None fits: go on to others."
                 faults.append((i, "fit" if label in lacks else "price", advice))
         elif product:
-            new = label == "buy now" or label in request.options(values) and label not in chosen
-            path += [step.action] if new else []
+            workflow += ["options"] if label in request.options(values) else []
             faults += [(i, *fault) for fault in item_faults(request, product, values, label, chosen, fewest, won)]
             chosen.add(label)
     if steps and not won and steps[-1].action != "click[buy now]":
         faults.append((len(steps) - 1, "buy", "Buy a product that fits before the turns are over."))
-    return faults, "options", path
+    return faults, workflow
 
 
 def item_faults(request, product, values, label, chosen, fewest, won):
@@ -188,8 +188,8 @@ TREATMENTS = {"clean": ("clean", "sinkbasin"), "heat": ("heat", "microwave"), "h
 
 
 def alfworld(task, won, steps):
-    """(faults, lesson of a success, its path: what was done to the thing and the lamp, and the ways there)"""
-    house, faults, path, way, done = House(task, steps), [], [], [], ""
+    """Faults and workflow, as in `by_rules`. Each action is held against the next sub-goal that is not met yet."""
+    house, faults, done = House(task, steps), [], ""
     for i, step in enumerate(steps):
         house.update(done, step.observation)
         lesson, advice, pattern = house.next_goal() if house.kind else ("", "Choose one of the commands.", "")
@@ -200,11 +200,8 @@ def alfworld(task, won, steps):
             if lesson == "search" and verb not in ("go", "open"):
                 lesson = "other" if verb == "take" else "wait"
             faults.append((i, lesson, advice))
-        if done.startswith(("go ", "open ")):
-            way = [*way, done] if verb == "open" else [done]
-        elif verb != "examine" and re.match(rf"\w+ ({house.kind}|{house.target}) ", done):
-            path, way = [*path, *way, done], []
-    return faults, house.verb or house.how or "place", path
+    workflow = ["search", "take", house.verb or house.how or "place"] if house.kind and steps else []
+    return faults, workflow
 
 
 def contents(observation):
@@ -280,7 +277,7 @@ class House:
 # ----------------------------------------------------------------------------------------------------------- Search-QA
 
 def search(task, won, steps):
-    """(faults, lesson of a success, its path: what was searched for)"""
+    """Faults and workflow, as in `by_rules`. Each search or answer is held against the question and what was found."""
     both = re.search(r"of (.{1,60}) and (.{1,60}?) (?:has|have|is|was|did)\b|, (.{1,60}?) or (.{1,60}?)\?*$", task)
     capitalised = re.findall(r"(?<=\s)[A-Z][\w.'-]*\b(?: [A-Z][\w.'-]*\b)*", task)
     last = re.findall(r"\b(\w+)(?: have)?\W*$", task)
@@ -308,7 +305,8 @@ def search(task, won, steps):
                       "Search for the name that was found first, then answer."),
                      (not won, "check", "Check that what was found tells exactly what is asked.")]
         faults += [(i, lesson, advice) for holds, lesson, advice in rules if holds][:1]
-    return faults, "words", [f"search for {words}" for words in dict.fromkeys(queries)]
+    workflow = ["memory", "both" if both else "topic", *["hops"] * (len(queries) > 1), "words"] if queries else []
+    return faults, workflow
 
 
 RULES = {"webshop": webshop, "alfworld": alfworld, "search": search}

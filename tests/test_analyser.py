@@ -19,26 +19,25 @@ DESK = "You arrive at desk 1. On the desk 1, you see a mug 1, and a pen 1."
 DRAWER, TAKEN = "You arrive at drawer 1. The drawer 1 is closed.", "You pick it up."
 
 
-def play(*pairs):
+def play(pairs):
     """(observation, action) pairs -> steps; an action that begins with "!" did nothing."""
     return [Step(seen, "", action.lstrip("!"), action[:1] != "!", 0.0) for seen, action in pairs]
 
 
 lessons = lambda *keys: " ".join(LESSONS[key] for key in keys)
 START, OPENED, LARGE = ("", "search[a small red lamp]"), (RESULTS, "click[cc-3]"), (FIT, "click[large]")
-PERU = "?", "<search> Peru </search>"
+PERU, MEDIUM = ("?", "<search> Peru </search>"), (FIT, "click[medium]")
 CASES = {  # name: (environment, task, won, steps, episode skill, step skills)
     "a perfect purchase after a detour": (
         "webshop", LAMP, True,
         [START, (RESULTS, "click[bb-2]"), (PLAIN, "click[< prev]"), OPENED, LARGE, LARGE, (FIT, "click[buy now]")],
-        f"{lessons('options')} What worked: search[a small red lamp], then click[cc-3], then click[large], then "
-        "click[buy now].", {5: "Do not repeat click[large]: it changed nothing."}),
+        lessons("query", "price", "options"), {5: "Do not repeat click[large]: it changed nothing."}),
     "wrong options": (
-        "webshop", LAMP, False, [OPENED, (FIT, "click[medium]"), LARGE, (FIT, "click[medium]"), (FIT, "click[buy now]")],
+        "webshop", LAMP, False, [OPENED, MEDIUM, LARGE, MEDIUM, (FIT, "click[buy now]")],
         lessons("options", "buy", "fit"), {1: "Choose large before you buy.", 3: "All is chosen: buy now.",
                                            4: "Compare every detail with the request before you buy."}),
     "the bare product searched for, and one that costs too much": (
-        "webshop", LAMP, False, [("WebShop", "search[lamp]"), (RESULTS, "click[aa-1]"), (DEAR, "click[buy now]")],
+        "webshop", LAMP, False, [("", "search[lamp]"), (RESULTS, "click[aa-1]"), (DEAR, "click[buy now]")],
         lessons("query", "price", "fit"),
         {0: "Search with every detail of the request: a small red lamp.", 1: "Take the one that fits: click[cc-3].",
          2: "This one costs too much: go back and take one that fits."}),
@@ -53,9 +52,7 @@ CASES = {  # name: (environment, task, won, steps, episode skill, step skills)
          ("The microwave 1 is closed.", "heat mug 1 with microwave 1"), ("You heat the mug 1.", "look"),
          ("You are facing the microwave 1.", "go to fridge 1"), ("The fridge 1 is closed.", "open fridge 1"),
          ("The fridge 1 is open. In it, you see nothing.", "put mug 1 in/on fridge 1")],
-        lessons("heat") + " What worked: go to desk 1, then take mug 1 from desk 1, then go to microwave 1, then heat "
-        "mug 1 with microwave 1, then go to fridge 1, then open fridge 1, then put mug 1 in/on fridge 1.",
-        {4: "Bring the mug to the fridge and place it there."}),
+        lessons("search", "take", "heat"), {4: "Bring the mug to the fridge and place it there."}),
     "a closed drawer passed, a pen taken, and a mug brought cold": (
         "alfworld", "heat some mug and put it in fridge.", False,
         [(ROOM, "go to drawer 1"), (DRAWER, "go to desk 1"), (DESK, "take pen 1 from desk 1"), (TAKEN, "look"),
@@ -71,10 +68,9 @@ CASES = {  # name: (environment, task, won, steps, episode skill, step skills)
         lessons("wait", "invalid", "two"),
         {0: "Search another place for the pen: go to desk 1.", 3: "Bring the pen to the drawer and place it there.",
          7: "Search for another pen and bring it to the same place."}),
-    "a lamp not turned on": (
-        "alfworld", "look at pen under the desklamp.", False,
-        [(ROOM, "go to desk 1"), (DESK.replace("mug 1", "desklamp 1"), "take pen 1 from desk 1"),
-         (TAKEN, "examine pen 1")], lessons("lamp"), {2: "Turn on the lamp: use desklamp 1."}),
+    "a lamp not turned on": ("alfworld", "look at pen under the mug.", False,
+                             [(ROOM, "go to desk 1"), (DESK, "take pen 1 from desk 1"), (TAKEN, "examine pen 1")],
+                             lessons("lamp"), {2: "Turn on the lamp: use mug 1."}),
     "an answer from memory": ("search", "What is the symbol of radon?", False, [("?", "<answer> Radon </answer>")],
                               lessons("memory"), {0: "Search for radon first, then answer."}),
     "a search for the topic, twice": (
@@ -90,13 +86,17 @@ CASES = {  # name: (environment, task, won, steps, episode skill, step skills)
                               [PERU, (FACTS, "<answer> Peru </answer>")], lessons("hops"),
                               {1: "Search for the name that was found first, then answer."}),
     "an answer found": ("search", "What is the continent of Peru?", True, [PERU, (FACTS, "<answer> america </answer>")],
-                        lessons("words") + " What worked: search for peru.", {})}
+                        lessons("memory", "topic", "words"), {}),
+    "an answer to something else": ("search", "What is the continent of Peru?", False, [PERU, (FACTS, PERU[1].replace(
+        "search", "answer"))], lessons("check"), {1: "Check that what was found tells exactly what is asked."}),
+    "no answer": ("search", "What is the continent of Peru?", False, [PERU, (FACTS, "<search> in peru </search>")],
+                  lessons("late"), {1: "Answer now, with the words that were found."})}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_rules_say_what_worked_or_what_went_wrong(name):
     env, task, won, pairs, *expected = CASES[name]
-    assert by_rules(env, task, won, play(*pairs)) == Analysis(*expected)
+    assert by_rules(env, task, won, play(pairs)) == Analysis(*expected)
 
 
 TEXTS = st.text() | st.sampled_from([
