@@ -6,7 +6,7 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
-from lib.analyser import LESSONS, MOST, Analysis, Step, analysis_prompt, by_rules, parse_analysis
+from lib.analyser import LESSONS, MOST, Analysis, Step, analysis_prompt, by_rules, choose, parse_analysis
 
 LAMP = "i need a small red lamp with size: large, and price lower than 20.00 dollars"
 RESULTS = "Next > [SEP] AA-1 [SEP] Galvo small red lamp [SEP] $50.0 [SEP] BB-2 [SEP] Brimo small lamp [SEP] $9.0 " \
@@ -18,15 +18,12 @@ ROOM = "You are in the middle of a room. Looking quickly around you, you see a d
 DESK = "You arrive at desk 1. On the desk 1, you see a mug 1, and a pen 1."
 DRAWER, TAKEN = "You arrive at drawer 1. The drawer 1 is closed.", "You pick it up."
 
-
-def play(pairs):
-    """(observation, action) pairs -> steps; an action that begins with "!" did nothing."""
-    return [Step(seen, "", action.lstrip("!"), action[:1] != "!", 0.0) for seen, action in pairs]
-
-
+# (observation, action) pairs -> steps; an action that begins with "!" did nothing
+play = lambda pairs: [Step(seen, "", action.lstrip("!"), action[:1] != "!", 0.0) for seen, action in pairs]
 lessons = lambda *keys: " ".join(LESSONS[key] for key in keys)
 START, OPENED, LARGE = ("", "search[a small red lamp]"), (RESULTS, "click[cc-3]"), (FIT, "click[large]")
 PERU, MEDIUM = ("?", "<search> Peru </search>"), (FIT, "click[medium]")
+ASK, TOPIC = "What is the continent of Peru?", "<search> continent </search>"
 CASES = {  # name: (environment, task, won, steps, episode skill, step skills)
     "a perfect purchase after a detour": (
         "webshop", LAMP, True,
@@ -74,9 +71,8 @@ CASES = {  # name: (environment, task, won, steps, episode skill, step skills)
     "an answer from memory": ("search", "What is the symbol of radon?", False, [("?", "<answer> Radon </answer>")],
                               lessons("memory"), {0: "Search for radon first, then answer."}),
     "a search for the topic, twice": (
-        "search", "What is the continent of Peru?", False,
-        [("?", "<search> continent </search>"), (FACTS, "<search> continent </search>"), (FACTS, "!"),
-         (FACTS, "<answer> Asia </answer>")], lessons("topic", "repeat", "invalid", "words"),
+        "search", ASK, False, [("?", TOPIC), (FACTS, TOPIC), (FACTS, "!"), (FACTS, "<answer> Asia </answer>")],
+        lessons("topic", "repeat", "invalid", "words"),
         {0: "Search for Peru, not for the topic.", 1: "Search for something else than before."}),
     "one side of a comparison": (
         "search", "Which has more neighbours, Peru or Chad?", False, [PERU, (FACTS, "<answer> Peru </answer>")],
@@ -85,18 +81,22 @@ CASES = {  # name: (environment, task, won, steps, episode skill, step skills)
     "the first of two hops": ("search", "What is the continent of the only neighbour of Peru?", False,
                               [PERU, (FACTS, "<answer> Peru </answer>")], lessons("hops"),
                               {1: "Search for the name that was found first, then answer."}),
-    "an answer found": ("search", "What is the continent of Peru?", True, [PERU, (FACTS, "<answer> america </answer>")],
+    "an answer found": ("search", ASK, True, [PERU, (FACTS, "<answer> America </answer>")],
                         lessons("memory", "topic", "words"), {}),
-    "an answer to something else": ("search", "What is the continent of Peru?", False, [PERU, (FACTS, PERU[1].replace(
-        "search", "answer"))], lessons("check"), {1: "Check that what was found tells exactly what is asked."}),
-    "no answer": ("search", "What is the continent of Peru?", False, [PERU, (FACTS, "<search> in peru </search>")],
-                  lessons("late"), {1: "Answer now, with the words that were found."})}
+    "an answer to something else": ("search", ASK, False, [PERU, (FACTS, "<answer> Peru </answer>")], lessons("check"),
+                                    {1: "Check that what was found tells exactly what is asked."}),
+    "no answer": ("search", ASK, False, [PERU, (FACTS, "<search> in Peru </search>")], lessons("late"),
+                  {1: "Answer now, with the words that were found."})}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_rules_say_what_worked_or_what_went_wrong(name):
     env, task, won, pairs, *expected = CASES[name]
     assert by_rules(env, task, won, play(pairs)) == Analysis(*expected)
+
+
+def test_the_first_fault_of_each_kind_comes_before_further_ones():
+    assert choose([(0, "a", "x"), (1, "a", "y"), (2, "b", "z"), (3, "c", "x")], 2) == {0: "x", 2: "z"}
 
 
 TEXTS = st.text() | st.sampled_from([
