@@ -245,6 +245,7 @@ class Config:
     eval_tasks: int = option(128, "tasks in the evaluation set, drawn by task type; 0 for the whole split", at_least=0)
     eval_temperature: float = option(0.4, "temperature of the sampled evaluation; a greedy one is run beside it",
                                      at_least=0)
+    eval_start: bool = option(True, "evaluate before the first step, too", resume=True)
     eval_greedy: bool = option(True, "play the evaluation set greedily, too", resume=True)
     out: str | None = option(None, "run folder; default: the first free of runs/<env>-<method>-<seed>, ...-2, ...-3",
                              group="commands")
@@ -353,7 +354,7 @@ def idle_settings(cfg):
         (cfg.analyser == "none", ("opid_episode_weight", "opid_step_weight"), "--analyser is none"),
         (cfg.updates == 1, ("clip", "dual_clip"), "with --updates 1 every ratio is 1"),
         (cfg.history == 0, ("history_observations",), "--history 0 shows no earlier turn"),
-        (not cfg.eval_every, ("eval_split", "eval_tasks", "eval_temperature", "eval_greedy"), "--eval_every is 0"),
+        (not cfg.eval_every, {n for n in FIELDS if n.startswith("eval_")} - {"eval_every"}, "--eval_every is 0"),
         (cfg.env != "webshop", ("human_goals",), f"{cfg.env} has one kind of goals"),
         (cfg.env != "search", ("retriever",), f"{cfg.env} searches nothing"),
         (cfg.retriever, ("env_timeout",), "a retriever's searches have a deadline of their own"),
@@ -1126,7 +1127,7 @@ def train(cfg, folder=None, checkpoint=None):
 def learn(policy, optimizer, environments, skills, cfg, run):
     """The algorithm: evaluate if due, rollout, rows, train step, log, save if due."""
     for step in range(run.step, cfg.steps):
-        if cfg.eval_every and step % cfg.eval_every == 0:
+        if cfg.eval_every and step % cfg.eval_every == 0 and (step or cfg.eval_start):
             evaluate(policy, cfg, environments, skills, run)
         start, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
         torch.manual_seed(seed)  # for models that draw numbers of their own
