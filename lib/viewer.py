@@ -1,9 +1,8 @@
 """A page to look into episodes: one HTML file that needs nothing but a browser.
 
 The page is lib/viewer.html with data put in: an index, and a block of compressed JSON for each file of episodes (a run
-has one per dumped step), of which the browser reads the one that is chosen. Texts are in a block's table of strings,
-once each: prompts line by line, since a line returns in turn after turn. Log-probs, gaps and gates are whole
-thousandths.
+has one per dumped step), of which the browser reads the chosen one. A block has a table of its strings; prompts are in
+it line by line, since a line returns in turn after turn. Log-probs, gaps and gates are whole thousandths.
 """
 
 import base64
@@ -15,13 +14,12 @@ from lib.episodes import find_episodes, read_episodes, step_file, steps_written
 from lib.program import UserError, check_regular, is_of_kind, printable, write_atomically
 
 TEMPLATE = Path(__file__).with_name("viewer.html")
-PLACE = "<!-- data -->"  # where the data goes in the template
 START = 60  # characters at the start of the template by which a page of ours is known
 
 
 def write_page(source, out=None, step=None):
     """Writes the page of a run folder, with all its steps or the given one, of a result of eval.py, or of a file of
-    episodes -> its Path, by default beside the episodes. Raises UserError if there are none, or where the page would
+    episodes -> its Path, by default beside the source. Raises UserError if there are none, or where the page would
     replace another kind of file."""
     files, source, template = find_files(source, step), Path(source), TEMPLATE.read_text(encoding="utf-8")
     out = Path(out or (source / "episodes.html" if source.is_dir() else source.with_suffix(".html")))
@@ -38,7 +36,7 @@ def write_page(source, out=None, step=None):
     index = json.dumps({"source": printable(str(source)), "parts": parts}).replace("<", "\\u003c")  # no text ends it
     data = [f'<script type="application/json" id="index">{index}</script>',
             *(f'<script type="text/plain" id="part-{n}">{text}</script>' for n, text in enumerate(blocks))]
-    write_atomically({out: template.replace(PLACE, "\n".join(data))})
+    write_atomically({out: template.replace("<!-- data -->", "\n".join(data))})
     return out
 
 
@@ -65,7 +63,7 @@ class Strings(dict):
         return self[text]
 
     def lines(self, text):
-        """The numbers of a text's lines. What a browser would obey, such as bidirectional controls, is escaped."""
+        """The numbers of a text's lines, in which control characters are escaped."""
         return [self[line] for line in printable(str(text)).split("\n")]
 
 
@@ -85,7 +83,8 @@ def pack(episodes):
 
 
 def pack_episode(number, episode, strings, token):
-    words = {key: printable(str(episode.get(key, ""))) for key in ("task", "task_id", "task_type", "split", "condition")}
+    plain = ("task", "task_id", "task_type", "split", "condition")
+    words = {key: printable(str(episode.get(key, ""))) for key in plain}
     return words | {"number": number, "won": bool(episode["won"]), "score": episode["score"],
                     "done": bool(episode.get("done")), "skills": strings.lines(episode.get("skills", "")),
                     "turns": [pack_turn(turn, strings, token) for turn in episode["turns"]]}
