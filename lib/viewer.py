@@ -17,11 +17,10 @@ TEMPLATE = Path(__file__).with_name("viewer.html")
 START = 60  # characters at the start of the template by which a page of ours is known
 
 
-def write_page(source, out=None, step=None):
-    """Writes the page of a run folder, with all its steps or the given one, of a result of eval.py, or of a file of
-    episodes -> its Path, by default beside the source. Raises UserError if there are none, or where the page would
-    replace another kind of file."""
-    files, source, template = find_files(source, step), Path(source), TEMPLATE.read_text(encoding="utf-8")
+def write_page(source, out=None):
+    """Writes the page of a run folder, a result of eval.py or a file of episodes -> its Path, by default beside it.
+    Raises UserError if there are no episodes, or where the page would replace another kind of file."""
+    files, source, template = find_files(source), Path(source), TEMPLATE.read_text(encoding="utf-8")
     out = Path(out or (source / "episodes.html" if source.is_dir() else source.with_suffix(".html")))
     check_regular(out, "choose another with --out")
     if not out.parent.is_dir():
@@ -40,13 +39,13 @@ def write_page(source, out=None, step=None):
     return out
 
 
-def find_files(source, step):
+def find_files(source):
     """-> [(what the page calls it, file of episodes), ..]"""
-    steps = steps_written(source) if step is None and Path(source).is_dir() else []
+    steps = steps_written(source) if Path(source).is_dir() else []
     if steps:
         return [(f"step {number}", step_file(source, number)) for number in steps]
-    path = find_episodes(source, step, "--view")
-    return [(path.stem if step is None else f"step {step}", path)]
+    path = find_episodes(source, flag="--view")
+    return [(path.stem, path)]
 
 
 def compressed(value):

@@ -14,7 +14,7 @@ import torch
 import envs
 import sdar
 from conftest import flags, own_logp
-from lib.episodes import episode_lines, note_top, top_tokens
+from lib.episodes import episode_lines, note_top, step_file, top_tokens
 from lib.program import UserError, printable
 from lib.viewer import TEMPLATE, token_text, write_page
 
@@ -87,7 +87,7 @@ def test_the_files_of_a_run_that_stay_have_the_alternatives_of_student_and_teach
         hits = [abs(dict(zip(some[::2], some[1::2])).get(name, logp) - logp) for side, logps in sides.items()
                 for name, some, logp in zip(t["tokens"], t[side], logps)]
         assert len(hits) == len(t["tokens"]) * (1 if teacher == "none" else 2) and max(hits) <= 3  # thousandths
-    assert parsed(write_page(tmp_path, step=3))[2] == parts[1:2]
+    assert parsed(write_page(step_file(tmp_path, 3)))[2] == parts[1:2]
 
 
 def test_hostile_text_adds_no_element_and_stays_text(tmp_path):
