@@ -29,6 +29,7 @@ adds noise of its own, and so results of several seeds of a method are resampled
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -69,7 +70,7 @@ def evaluation_config(model, explicit):
     if explicit.get("env", run.env) in set(sdar.FIELDS["env"].metadata["choices"]) - {run.env}:
         run = sdar.in_environment(run, explicit["env"])
     cfg = dataclasses.replace(run, **explicit)
-    if cfg.retrieval == "none":  # a run without a teacher, which is to be shown the same skills as the others
+    if cfg.retrieval in ("none", "ucb"):  # no teacher, or one whose choices are not known here: the usual skills
         cfg.retrieval = sdar.Config.retrieval
     # the others decide nothing of an evaluation, or are idle in the run alone
     sdar.validate(cfg, flags.keys() & {"retriever", "history_observations", "human_goals"})
@@ -103,11 +104,11 @@ def play(player, cfg, environments, tasks, repeats, skills, condition):
     for repeat in range(repeats):
         episodes = rollout(player, environments, tasks, cfg, temperature=cfg.eval_temperature, skills=skills,
                            seed=cfg.seed + 1_000_003 * repeat, doing=CONDITIONS[condition])
-        outcomes += [{"task_id": e.task.task_id, "task_type": e.task_type, "repeat": repeat, "won": e.won,
+        outcomes += [{"task_id": e.task.group, "task_type": e.task_type, "repeat": repeat, "won": e.won,
                       "score": e.score, "turns": len(e.turns), "invalid": sum(not t.valid for t in e.turns),
                       "done": e.done, "errors": e.errors} for e in episodes]
-        lines += episode_lines(player.chat, envs.READABLE[cfg.env], episodes, skills=skills, condition=condition,
-                               repeat=repeat)
+        lines += episode_lines(player.chat, envs.READABLE[cfg.env], episodes, condition=condition, repeat=repeat,
+                               skills=skills and functools.partial(sdar.skill_text, skills))
     return outcomes, lines
 
 

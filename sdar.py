@@ -50,7 +50,8 @@ import envs
 import kernels
 from lib import agreement, folders, health, hindsight, models, progress, runs
 from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
-from lib.episodes import episode_lines, write_step
+from lib.episodes import episode_lines, note_top, stays, write_step
+from lib.packing import pack
 from lib.program import UserError, describe, exit_status
 from lib.settings import Parser, add_options, changeable, check_value, check_values, option, set_by_hand
 from lib.skills import CONTROLS, STRATEGIES, contains, library, retrieve
@@ -481,52 +482,8 @@ def check_model(policy, cfg, skills=None):
     return agreement.check_model(policy, cfg.model, longest, try_sampling, try_training)
 
 
-# Rows that share a prompt are packed into one sequence [prompt, response 1, response 2, ...]: the mask lets a response
-# see the prompt and itself, positions restart after the prompt. A group shares its first prompt, often later ones too.
-
-class Pack(NamedTuple):
-    """Packed sequences, padded on the right, and where their response tokens are."""
-
-    ids: torch.Tensor  # [S, L]
-    positions: torch.Tensor  # [S, L]
-    mask: torch.Tensor | None  # [S, 1, L, L], True = may attend; None: plain causal
-    predictors: torch.Tensor  # [N] flat index into S*L of the position that predicts each response token
-    targets: torch.Tensor  # [N] response ids, sequence by sequence, row by row
-
-
-def pack(prompts, responses, device):
-    """prompts: one id tuple per sequence; responses: a list of id tuples per sequence -> Pack.
-
-        ids         prompt      response 1  response 2  padding
-        positions   0 1 2 3     4 5         4 5 6       0 0
-        branch      0 0 0 0     1 1         2 2 2       -1 -1       a token sees branch 0 and its own, up to itself
-    """
-    length = max(len(p) + sum(map(len, rs)) for p, rs in zip(prompts, responses))
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    positions, branch = torch.zeros_like(ids), torch.full_like(ids, -1)
-    predictors, targets = [], []
-    for b, (prompt, rows) in enumerate(zip(prompts, responses)):
-        row_ids, places, branches = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-        for number, response in enumerate(rows, start=1):
-            start = b * length + len(row_ids)
-            predictors += [b * length + len(prompt) - 1, *range(start, start + len(response) - 1)]
-            targets += response
-            row_ids += response
-            places += range(len(prompt), len(prompt) + len(response))
-            branches += [number] * len(response)
-        n = len(row_ids)
-        ids[b, :n], positions[b, :n], branch[b, :n] = map(torch.tensor, (row_ids, places, branches))
-    mask = None
-    if any(len(rows) > 1 for rows in responses):  # otherwise causal order already hides the padding, which comes last
-        q, k = branch[:, :, None], branch[:, None, :]
-        see = torch.ones(length, length, dtype=torch.bool).tril() & ((k == 0) | (k == q))
-        mask = (see | torch.eye(length, dtype=torch.bool))[:, None].to(device)  # padding sees itself: no empty softmax
-    return Pack(ids.to(device), positions.to(device), mask, torch.tensor(predictors, device=device),
-                torch.tensor(targets, device=device))
-
-
 def head_inputs(policy, model, batch):
-    """Pack -> (hidden states that predict the response tokens [N, D], the head's weight [V, D])."""
+    """lib.packing.Pack -> (hidden states that predict the response tokens [N, D], the head's weight [V, D])."""
     packed = {}
     if batch.mask is not None:
         packed = {"attention_mask": models.attention_masks(model, batch.mask, batch.positions),
@@ -789,6 +746,8 @@ class Row:
     advantage: float
     logp: tuple  # the sampler's log-probs of the response
     source: str = "library"  # of the skills: library, episode or step (of hindsight), "" where nothing is distilled
+    skills: str = ""  # their text
+    top: dict = dataclasses.field(default_factory=dict)  # {"student" | "teacher": (ids, log-probs)} of likeliest tokens
 
 
 def episode_return(cfg, episode):
@@ -805,7 +764,8 @@ def make_rows(policy, cfg, episodes, skills):
         if key not in prompts:
             ids = () if cfg.teacher == "none" else teacher_ids(policy.chat, cfg, turn, text)
             prompts[key] = ids, not text or contains(policy.chat.tokenizer.decode(ids or turn.prompt_ids), text)
-        rows.append(Row(turn.prompt_ids, prompts[key][0], turn.response.ids, advantage, turn.response.logp, source))
+        response = turn.response
+        rows.append(Row(turn.prompt_ids, prompts[key][0], response.ids, advantage, response.logp, source, text))
         missing += not prompts[key][1] or not text and source != "" and cfg.retrieval != "none"
     return rows, metrics | more | {"skills/missing": missing / len(rows)}
 
@@ -937,6 +897,15 @@ def hidden_states(policy, model, rows, cfg, teacher):
     for micro_batch in micro_batches(rows, cfg.micro_tokens, policy.packs):
         batch = pack_rows(policy, micro_batch, teacher)
         yield list(itertools.chain(*micro_batch)), *head_inputs(policy, model, batch), batch.targets
+
+
+@torch.no_grad()
+def note_likeliest(policy, rows, cfg):
+    """Notes in each row which tokens student and teacher hold likeliest, for the files of episodes."""
+    teacher = {"none": None, "ref": policy.ref, "ema": policy.ema}.get(cfg.teacher, policy.model)
+    for side, model in ("student", policy.model), ("teacher", teacher):
+        for some, *head, _ in hidden_states(policy, model, rows, cfg, side == "teacher") if model else ():
+            note_top(side, some, *head, cfg.temperature)
 
 
 # ----------------------------------------------------------------------------------------------------------- train step
@@ -1134,10 +1103,12 @@ def learn(policy, optimizer, environments, skills, cfg, run):
         rolled = time.perf_counter()
         with runs.uninterrupted():
             rows, metrics = make_rows(policy, cfg, episodes, skills)
+            if stays(step + 1, cfg.episodes_every) or step + 1 == cfg.steps:
+                note_likeliest(policy, rows, cfg)
             trained, gaps = train_step(policy, optimizer, rows, cfg, step)
             metrics |= trained | runs.episode_metrics(episodes, [episode_return(cfg, e) for e in episodes])
             write_step(run.folder, step + 1, cfg.episodes_every, episode_lines(
-                policy.chat, envs.READABLE[cfg.env], episodes, skills=skills, rows=rows, gaps=gaps))
+                policy.chat, envs.READABLE[cfg.env], episodes, rows=rows, gaps=gaps))
             now = time.perf_counter()
             metrics |= {"time/rollout": rolled - start, "time/update": now - rolled, "time/step": now - start,
                         "mem/peak_gb": runs.peak_memory_gb(policy.device)}

@@ -2,9 +2,10 @@
 
 A file has a JSON line per episode: split, task_id, task_type, task, won, score, done, `skills` (the text that the
 teacher saw, or that the student saw in an evaluation with skills), and turns: the prompt as the model saw it, the
-observation in it, text, action, valid, stop, tokens and their logp. Those of a training step also have advantage and,
-with a teacher, the gap and gate of each token; those of a step whose file stays have the likeliest tokens, too:
-"top": {"student": [[[token, log-prob], ..] of each token], "teacher": likewise}, the most likely first.
+observation in it, text, action, valid, stop, tokens and their logp. Those of a training step also have advantage,
+`skills` where they are not the episode's (hindsight) and, with a teacher, the gap and gate of each token; those of a
+step whose file stays have the likeliest tokens, too, the most likely first:
+"top": {"student": [[[token, log-prob], ..] of each token], "teacher": likewise}.
 """
 
 import json
@@ -25,20 +26,22 @@ RARE = math.log(0.001)  # a file keeps no alternative that is less likely
 def episode_lines(chat, readable, episodes, *, skills=None, rows=(), gaps=(), **more):
     """Yields each episode as a JSON line.
 
-    readable: (observation, admissible) -> the observation as prompts have it. skills: {task type: text}, or None. rows:
-    those of all turns in order, or none, with what `note_top` has noted; gaps: {row: (gap, gate)}, lists per token.
-    more: what else is to be noted.
+    readable: (observation, admissible) -> the observation as prompts have it. skills: what a student saw that is not
+    being trained, a function of the episode, or None. rows: those of all turns in order, or none, with what `note_top`
+    has noted; gaps: {row: (gap, gate)}, lists per token. more: what else is to be noted.
     """
     rows = iter(rows)
     for episode in episodes:
-        turns = [turn_entry(chat, readable, turn, next(rows, None), gaps) for turn in episode.turns]
+        own = [next(rows, None) for _ in episode.turns]
+        text = own[0].skills if own[0] else skills(episode) if skills else ""
+        turns = [turn_entry(chat, readable, turn, row, gaps, text) for turn, row in zip(episode.turns, own)]
         whole = {"split": episode.task.split, "task_id": episode.task.task_id, "task_type": episode.task_type,
                  "task": episode.turns[0].context.task, "won": episode.won, "score": episode.score,
-                 "done": episode.done, "skills": skills[episode.task_type] if skills else "", "turns": turns}
+                 "done": episode.done, "skills": text, "turns": turns}
         yield to_json(more | whole) + "\n"  # in ASCII: a lone surrogate could not be written otherwise
 
 
-def turn_entry(chat, readable, turn, row, gaps):
+def turn_entry(chat, readable, turn, row, gaps, skills):
     observation = readable(turn.context.observation, turn.context.admissible)
     entry = {"prompt": chat.tokenizer.decode(turn.prompt_ids), "observation": observation, "text": turn.text,
              "action": turn.action, "valid": bool(turn.valid), "stop": turn.response.stop,
@@ -46,6 +49,8 @@ def turn_entry(chat, readable, turn, row, gaps):
              "logp": [round(x, 4) for x in turn.response.logp]}
     if row is not None:
         entry["advantage"] = row.advantage
+        if row.skills != skills:
+            entry["skills"] = row.skills
     if row in gaps:
         gap, gate = gaps[row]
         entry |= {"gap": [round(x, 4) for x in gap], "gate": [round(x, 4) for x in gate]}
@@ -62,10 +67,8 @@ def named(chat, ids, logps):
 
 
 def note_top(side, rows, hidden, weight, temperature):
-    """Notes the likeliest tokens of each row in row.top[side]: (ids, log-probs), lists of k per token; where row.top is
-    None, nothing. hidden [N, D]: what predicts the tokens of the rows' responses, row by row."""
-    if any(row.top is None for row in rows):
-        return
+    """Notes the likeliest tokens of each row in row.top[side]: (ids, log-probs), lists of k per token. hidden [N, D]:
+    what predicts the tokens of the rows' responses, row by row; weight [V, D]."""
     lengths = [len(row.response_ids) for row in rows]
     top = top_tokens(hidden, weight, temperature=temperature)
     for row, ids, logp in zip(rows, *(values.cpu().split(lengths) for values in top)):
