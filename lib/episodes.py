@@ -62,8 +62,7 @@ def turn_entry(chat, readable, turn, row, gaps, skills):
 def named(chat, ids, logps):
     """The likeliest tokens as a file has them: [[token, log-prob], ..] for each token, the rare ones left out."""
     name = chat.tokenizer.convert_ids_to_tokens
-    return [[[name(i), round(logp, 4)] for i, logp in zip(*some) if logp >= RARE or i == some[0][0]]
-            for some in zip(ids, logps)]
+    return [[[name(i), round(logp, 4)] for i, logp in zip(*some) if logp >= RARE] for some in zip(ids, logps)]
 
 
 def note_top(side, rows, hidden, weight, temperature):

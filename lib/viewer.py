@@ -91,9 +91,9 @@ def pack_episode(number, episode, strings, token):
 
 def pack_turn(turn, strings, token):
     tokens, advantage = [token(name) for name in turn.get("tokens", [])], turn.get("advantage")
-    packed = {"observation": strings.lines(turn["observation"]), "prompt": strings.lines(turn.get("prompt", "")),
-              "text": [] if tokens else strings.lines(turn["text"]), "tokens": tokens, "valid": turn["valid"],
-              "cut": turn["stop"] == "length", "advantage": advantage if is_of_kind(advantage, (int, float)) else None}
+    packed = {key: strings.lines(turn.get(key, "")) for key in ("observation", "prompt", "skills")}
+    packed |= {"text": [] if tokens else strings.lines(turn["text"]), "tokens": tokens, "valid": turn["valid"],
+               "cut": turn["stop"] == "length", "advantage": advantage if is_of_kind(advantage, (int, float)) else None}
     for key in ("logp", "gap", "gate"):
         packed[key] = list(map(thousandths, turn.get(key, [])))
     for side in ("student", "teacher"):  # [token, log-prob, token, log-prob, ..] of each token

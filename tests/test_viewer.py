@@ -61,17 +61,17 @@ def test_the_likeliest_tokens_are_those_of_the_whole_distribution_however_few_lo
     assert top_tokens(hidden, weight[:2])[0].shape == (7, 2)
 
 
-def test_a_file_names_the_likeliest_tokens_that_rows_have_noted_and_leaves_rare_ones_out(policy, played, rows):
+def test_a_file_names_the_likeliest_tokens_of_rows_that_ask_for_them_and_leaves_rare_ones_out(policy, played, rows):
     for row in rows[:-1]:
-        row.top = {}  # rows of other tests share it
-        note_top("teacher", [row], *sdar.head_inputs(policy, policy.model, sdar.pack_rows(policy, [[row]], True)), 0.3)
+        row.top = {}
+        note_top("teacher", [row], *sdar.head_inputs(policy, policy.model, sdar.pack_rows(policy, [[row]], True)), 0.1)
     lines = map(json.loads, episode_lines(policy.chat, envs.READABLE["webshop"], played, rows=rows))
     *entries, last = [entry for one in lines for entry in one["turns"]]
-    assert "top" not in last
+    assert "top" not in last and {len(some) for one in entries for some in one["top"]["teacher"]} == {1, 2, 3}
     for row, entry in zip(rows, entries):
-        known = own_logp(policy.model, row.teacher_ids, row.response_ids, 0.3, whole=True).topk(3)
+        known = own_logp(policy.model, row.teacher_ids, row.response_ids, 0.1, whole=True).topk(3)
         for found, ids, logps in zip(entry["top"]["teacher"], known.indices.tolist(), known.values.tolist()):
-            likely = [0] + [k for k in (1, 2) if logps[k] >= -6.9077]
+            likely = [k for k in range(3) if logps[k] >= -6.9077]
             assert [name for name, _ in found] == policy.chat.tokenizer.convert_ids_to_tokens([ids[k] for k in likely])
             assert [logp for _, logp in found] == pytest.approx([logps[k] for k in likely], abs=1e-3)
 
