@@ -1,7 +1,6 @@
 """Tests of the recipes, the walkthrough and the arithmetic of docs/evidence.md. Two need trl, nbclient, ipykernel."""
 
 import copy
-import inspect
 import math
 import re
 from pathlib import Path
@@ -42,13 +41,12 @@ def test_steps_of_trl_have_our_loss_on_the_same_tokens(tmp_path):
 
     seen = []  # weights, inputs and loss of each micro-batch
     ask = lambda skills: [{"role": "user", "content": envs.PROMPTS["webshop"]("a red hat", (), "[Search]", (), skills)}]
-    rows = [{"prompt": ask(""), "teacher_prompt": ask("1. Search for the product's name.")}] * 2
+    rows = Dataset.from_list([{"prompt": ask(""), "teacher_prompt": ask("1. Search for the product's name.")}] * 2)
     args = GRPOConfig(str(tmp_path), per_device_train_batch_size=4, num_generations=4, gradient_accumulation_steps=2,
                       max_completion_length=48, max_steps=2, learning_rate=2e-4, beta=0.01, delta=3.0, use_cpu=True,
                       bf16=False, report_to=[], save_strategy="no", seed=1)
     reward = lambda completions, **_: [len(str(text)) % 3 for text in completions]
-    trainer = Watched(str(ROOT / "data/tiny"), reward, args=args, train_dataset=Dataset.from_list(rows), sdar_coef=0.5)
-    trainer.train()
+    Watched(str(ROOT / "data" / "tiny"), reward, args=args, train_dataset=rows, sdar_coef=0.5).train()
     ref, model = (sdar.models.read_model("tiny")[0].eval() for _ in range(2))
     for step in (seen[:2], seen[2:]):
         tokens = [inputs["completion_mask"].sum() for _, inputs, _ in step]
@@ -70,8 +68,6 @@ def eq5(model, ref, inputs, num_tokens):
 
 
 def test_verls_policy_loss_is_our_sum_and_micro_batches_add_up():
-    assert [*inspect.signature(sdar_policy_loss).parameters][:7] == [
-        "old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights"]
     parts, expected, found = [batch(1), batch(2)], 0, 0
     num_tokens = sum(mask.sum() for *_, mask in parts)
     config = SimpleNamespace(clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.2, get=lambda name, default: default,
@@ -79,8 +75,9 @@ def test_verls_policy_loss_is_our_sum_and_micro_batches_add_up():
     for logp, old_logp, teacher_logp, advantages, mask in parts:
         expected += sdar.policy_loss(logp, old_logp, advantages, mask, num_tokens=num_tokens)[0]
         expected += 0.3 * sdar.sdar_loss(logp, teacher_logp, mask, beta=2.0, num_tokens=num_tokens)[0]
-        loss, metrics = sdar_policy_loss(old_logp, logp, advantages, mask, config=config, teacher_log_prob=teacher_logp,
-                                         sdar_coef=0.3, gate_beta=2.0)
+        loss, metrics = sdar_policy_loss(
+            old_log_prob=old_logp, log_prob=logp, advantages=advantages, response_mask=mask, loss_agg_mode="token-mean",
+            config=config, rollout_is_weights=None, teacher_log_prob=teacher_logp, sdar_coef=0.3, gate_beta=2.0)
         found += loss / 2  # verl averages over ranks, here two
         assert loss.shape == () and metrics["sdar/gap"] == pytest.approx((teacher_logp - logp)[mask].mean().item())
     assert abs(found - expected) < 1e-6
