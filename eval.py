@@ -12,151 +12,51 @@
       all          128  0.773 [0.694, 0.837]    0.950 [0.934, 0.966]           4.7       0.002       0.000
 
     with - without skills, paired by task
-      success +0.695 [+0.617, +0.773]  p 3.23e-27 (McNemar)  a difference
+      success +0.695 [+0.617, +0.773]  p 3.23e-27 (McNemar)  a difference; 80 % power for it: 4 tasks
 
     python eval.py --show eval-tiny-webshop.json --lost       what the agent saw and said, turn by turn
-    python eval.py --compare runs/webshop-sdar-0/checkpoint-30/eval.json runs/webshop-grpo-0/checkpoint-30/eval.json
+    python eval.py --compare runs/webshop-grpo-* runs/webshop-sdar-*       results, by method and training seed
+    python eval.py --curves runs/webshop-*                    learning curves, by method, with bands over seeds
+    python eval.py --endpoint http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-7B-Instruct      a model behind a server
 
 A checkpoint inside a run folder is played under its run's own settings (environment, data, skills, prompt, limits,
 seed; not the number of tasks and the temperature); any other model under the defaults of sdar.py. Flags of the same
-names override either. A result holds every episode, so that two results on one evaluation set can be compared task by
-task: the same tasks are easy or hard for both, and pairing takes that out of the noise. Intervals are 95 % intervals:
+names override either. A result holds every episode, so that results on one evaluation set can be compared task by
+task: the same tasks are easy or hard for all, and pairing takes that out of the noise. Intervals are 95 % intervals:
 Wilson's for a success rate of one episode per task, else percentiles of a bootstrap over tasks (10,000 resamples,
-fixed seed), which needs a few dozen tasks. They hold for this checkpoint on tasks like these; another training seed
-adds noise of its own.
+fixed seed), which needs a few dozen tasks. For one checkpoint they hold on tasks like these; another training seed
+adds noise of its own, and so results of several seeds of a method are resampled over tasks and seeds.
 """
 
 import dataclasses
 import itertools
-import math
+import json
+import os
+import random
 import sys
-from collections import defaultdict
 from pathlib import Path
-from statistics import NormalDist
-
-import numpy as np
 
 import envs
 import sdar
-from lib import folders, runs
+from lib import curves, folders, progress, results, runs
+from lib.checkpoints import sealed
+from lib.endpoint import PARALLEL, TIMEOUT, Endpoint
 from lib.episodes import episode_lines, episodes_beside, show
 from lib.program import UserError, check_regular, exit_status
-from lib.results import FORMAT, read_result, write_result
-from lib.settings import Parser, add_options, number
+from lib.results import CONDITIONS, FORMAT, read_result
+from lib.settings import Parser, add_options, changeable, number
 from lib.tasks import evaluation_set_hash
 
-Z = NormalDist().inv_cdf(0.975)
-RESAMPLES, BLOCK = 10_000, 100  # resamples of a bootstrap, and how many are held in memory at once
-
-
-# ----------------------------------------------------------------------------------------------------------- statistics
-
-def wilson(successes, n):
-    """Wilson's 95 % interval of a rate of `successes` in n independent trials -> (low, high). Wilson 1927."""
-    rate, shrink = successes / n, 1 + Z * Z / n
-    centre = (rate + Z * Z / (2 * n)) / shrink
-    half = Z / shrink * math.sqrt(rate * (1 - rate) / n + Z * Z / (4 * n * n))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
-def bootstrap(values):
-    """95 % percentile interval of the mean of values [tasks], resampling tasks -> (low, high)."""
-    values, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(0)
-    means = [values[rng.integers(len(values), size=(BLOCK, len(values)))].mean(1) for _ in range(RESAMPLES // BLOCK)]
-    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
-    return float(low), float(high)
-
-
-def paired_bootstrap(first, second):
-    """Mean of first - second, both [tasks] in one order, and its 95 % interval -> (difference, low, high)."""
-    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    return float(differences.mean()), *bootstrap(differences)
-
-
-def mcnemar(first, second):
-    """Exact two-sided p of McNemar's test on two lists of won or lost, in one order of tasks.
-
-    Tasks that only one side won are a fair coin if the sides are equally good; the others say nothing. McNemar 1947.
-    """
-    only_first = sum(bool(a) and not b for a, b in zip(first, second))
-    only_second = sum(bool(b) and not a for a, b in zip(first, second))
-    n, fewer = only_first + only_second, min(only_first, only_second)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2 ** n)
-
-
-def by_task(outcomes, key):
-    """Outcomes -> the mean of outcome[key] of each task [tasks], in the order of task ids."""
-    values = defaultdict(list)
-    for outcome in outcomes:
-        values[outcome["task_id"]].append(outcome[key])
-    return np.array([np.mean(values[task_id]) for task_id in sorted(values)])
-
-
-def describe(outcomes):
-    """One line of the table: n tasks, success and score with intervals, turns, shares of invalid and unfinished."""
-    won, score = by_task(outcomes, "won"), by_task(outcomes, "score")
-    # Equal values have a bootstrap interval of no width, as if nothing were unknown.
-    single = len(outcomes) == len(won) or won.min() == won.max()
-    turns = sum(outcome["turns"] for outcome in outcomes)
-    return {"n": len(won), "episodes": len(outcomes),
-            "success": float(won.mean()), "success_interval": wilson(won.sum(), len(won)) if single else bootstrap(won),
-            "score": float(score.mean()), "score_interval": bootstrap(score), "turns": turns / len(outcomes),
-            "invalid": sum(outcome["invalid"] for outcome in outcomes) / turns,
-            "unfinished": sum(not outcome["done"] for outcome in outcomes) / len(outcomes)}
-
-
-def summarise(outcomes):
-    """Outcomes -> {task type: describe(...)}, types in alphabetical order, and "all" last."""
-    types = sorted({outcome["task_type"] for outcome in outcomes})
-    table = {kind: describe([o for o in outcomes if o["task_type"] == kind]) for kind in types}
-    return table | {"all": describe(outcomes)}
-
-
-def difference(first, second):
-    """Paired difference first - second of two outcome lists -> {"success": ..., "score": ...}, each a dict.
-
-    p is McNemar's, for success with one episode per task on both sides, else None. `shown` needs an interval without 0
-    and, where there is a p, p < 0.05: with few discordant tasks the bootstrap is too sure of itself, the test is not.
-    """
-    result = {}
-    for key, measure in (("won", "success"), ("score", "score")):
-        a, b = by_task(first, key), by_task(second, key)
-        value, low, high = paired_bootstrap(a, b)
-        p = mcnemar(a, b) if key == "won" and len(a) == len(first) == len(second) else None
-        result[measure] = {"difference": value, "interval": (low, high), "p": p,
-                           "shown": (low > 0 or high < 0) and (p is None or p < 0.05)}
-    return result
-
-
-def print_table(title, table):
-    rows = [("task type", "n", "success [95 %]", "score [95 %]", "turns", "invalid", "unfinished")]
-    for kind, s in table.items():
-        success, score = ("{:.3f} [{:.3f}, {:.3f}]".format(s[m], *s[m + "_interval"]) for m in ("success", "score"))
-        rest = f"{s['turns']:.1f}", f"{s['invalid']:.3f}", f"{s['unfinished']:.3f}"
-        rows.append((kind, s["n"], success, score, *rest))
-    print(f"\n{title}")
-    width = max(len(row[0]) for row in rows)
-    for kind, n, success, score, *rest in rows:
-        print(f"  {kind:<{width}}{n:>5}  {success:<22}  {score:<22}" + "".join(f"{cell:>12}" for cell in rest))
-
-
-def print_difference(title, result):
-    print(f"\n{title}, paired by task")
-    for measure, d in result.items():
-        p = "" if d["p"] is None else f"  p {d['p']:.3g} (McNemar)"
-        verdict = "a difference" if d["shown"] else "no difference shown"
-        print("  {:<8}{:+.3f} [{:+.3f}, {:+.3f}]{}  {}".format(measure, d["difference"], *d["interval"], p, verdict))
-
-
 # ------------------------------------------------------------------------------------------------------- one evaluation
-
-CONDITIONS = {"without": "without skills", "with": "with skills in the prompt"}
 
 # Settings of sdar.Config that decide an episode, and all that are flags here under the same names.
 SETTINGS = ("env", "data", "human_goals", "retriever", "skills", "retrieval", "max_turns", "history",
             "history_observations", "max_prompt_tokens", "max_response_tokens", "check_admissible", "seed", "dtype")
 SAMPLING = ("eval_split", "eval_tasks", "eval_temperature")  # flags with names of their own here
 FLAGS = (*SETTINGS, *SAMPLING, "env_timeout", "rollout_batch", "device", "threads")
+LOCAL = ("device", "dtype", "threads", "max_prompt_tokens")  # what a server decides
+# Settings of a training run that tell it apart from others, its seed aside.
+TRAINING = sorted(sdar.FIELDS.keys() - {*SETTINGS, *changeable(sdar.Config), *SAMPLING, "eval_every", "out"}) + ["step"]
 
 
 def evaluation_config(model, explicit):
@@ -176,19 +76,67 @@ def evaluation_config(model, explicit):
     return cfg
 
 
-def play(policy, cfg, environments, tasks, repeats, skills, condition):
-    """sdar.rollout over the tasks, `repeats` times, each with its own seed -> (a JSON-ready dict per episode, the
-    episodes as lines of a file)."""
+def training_of(model):
+    """The settings of the run that a checkpoint is of, and its step, as a dict; None for any other model."""
+    run = folders.settings_of(model, sdar.Config) if (Path(model) / "run.json").is_file() else None
+    return run and folders.storable(run) | {"step": sealed(Path(model))["step"]}
+
+
+def connect(model, cfg, options):
+    """-> the Endpoint that the options name, once it has answered."""
+    for name in LOCAL:
+        if name in options:
+            raise UserError(f"--{name} would do nothing here, since the server behind --endpoint decides it: leave it "
+                            "out.")
+    chosen = {"parallel": options.get("rollout_batch"), "timeout": options.get("request_timeout")}
+    server = Endpoint(options["endpoint"], model, os.environ.get("OPENAI_API_KEY"), max_tokens=cfg.max_response_tokens,
+                      **{name: value for name, value in chosen.items() if value is not None})
+    server.probe()
+    return server
+
+
+def play(player, cfg, environments, tasks, repeats, skills, condition):
+    """The tasks, `repeats` times, each with its own seed -> (a JSON-ready dict per episode, the episodes as lines of a
+    file). player: an sdar.Policy, or an Endpoint."""
     outcomes, lines = [], []
+    rollout = served_rollout if isinstance(player, Endpoint) else sdar.rollout
     for repeat in range(repeats):
-        episodes = sdar.rollout(policy, environments, tasks, cfg, temperature=cfg.eval_temperature, skills=skills,
-                                seed=cfg.seed + 1_000_003 * repeat, doing=CONDITIONS[condition])
+        episodes = rollout(player, environments, tasks, cfg, temperature=cfg.eval_temperature, skills=skills,
+                           seed=cfg.seed + 1_000_003 * repeat, doing=CONDITIONS[condition])
         outcomes += [{"task_id": e.task.task_id, "task_type": e.task_type, "repeat": repeat, "won": e.won,
                       "score": e.score, "turns": len(e.turns), "invalid": sum(not t.valid for t in e.turns),
-                      "done": e.done} for e in episodes]
-        lines += episode_lines(policy.chat, envs.READABLE[cfg.env], episodes, skills=skills, condition=condition,
+                      "done": e.done, "errors": e.errors} for e in episodes]
+        lines += episode_lines(player.chat, envs.READABLE[cfg.env], episodes, skills=skills, condition=condition,
                                repeat=repeat)
     return outcomes, lines
+
+
+def served_rollout(server, environments, tasks, cfg, *, temperature, skills, seed, doing):
+    """sdar.rollout with the model behind a server, which cuts no prompt. An episode without an answer ends there."""
+    running = [sdar.start_episode(cfg, task, env) for task, env in zip(tasks, environments)]
+    sdar.number_episodes(running, seed)
+    episodes = [r.episode for r in running]
+    with progress.bar(doing, len(running) * cfg.max_turns, "turn"):
+        for turn_number in range(cfg.max_turns):
+            prompts = [sdar.turn_prompt(server.chat, cfg, r, skills) for r in running]
+            seeds = [random.Random(f"{r.episode.name} {turn_number}").getrandbits(31) for r in running]
+            answers = server.ask([ids[0] for _, ids in prompts], temperature, seeds)
+            turns = [sdar.Turn(*prompt, sdar.Response((), (), stop), text, *envs.parse_action(
+                cfg.env, text, official=not cfg.check_admissible)) for prompt, (text, stop) in zip(prompts, answers)]
+            failed = [turn.response.stop == "error" for turn in turns]
+            for r, turn in itertools.compress(zip(running, turns), failed):
+                turn.valid, r.over = False, True
+                r.episode.turns.append(turn)
+                r.episode.errors += 1
+            played = [pair for pair, no_answer in zip(zip(running, turns), failed) if not no_answer]
+            for (r, turn), result in zip(played, sdar.step_all(cfg, *zip(*played)) if played else ()):
+                sdar.record_turn(cfg, r, turn, result)
+            over = sum(r.over for r in running)
+            progress.advance(len(running) + over * (cfg.max_turns - turn_number - 1))
+            running = [r for r in running if not r.over]
+            if not running:
+                break
+    return episodes
 
 
 def free_to_write(out, settings):
@@ -202,13 +150,6 @@ def free_to_write(out, settings):
             raise UserError(f"{out} holds another evaluation (there | here: {unlike}): choose a file with --out.")
 
 
-def changes(first, second):
-    """What differs in the settings of two results, for a message: 'seed 0 | 1, max_turns 15 | 30'."""
-    a, b = ({name: result[name] for name in ("model", "evaluation_set", "conditions")} | result["sampling"] |
-            {name: result["config"].get(name) for name in SETTINGS} for result in (first, second))
-    return ", ".join(f"{name} {a[name]} | {b[name]}" for name in a if a[name] != b[name])
-
-
 def evaluate(model, options):
     """Plays the evaluation set under the given options, prints the tables, writes the result file -> its dict."""
     cfg = evaluation_config(model, {name: options[name] for name in FLAGS if name in options})
@@ -217,71 +158,99 @@ def evaluate(model, options):
         raise UserError(f"--repeats is {repeats}, but must be at least 1, and 1 with --temperature 0, whose episodes "
                         "are all alike.")
     conditions = [name for name in CONDITIONS if options.get("condition", "both") in (name, "both")]
+    server = connect(model, cfg, options) if "endpoint" in options else None
     env = sdar.make_env(cfg, probe=True)
     tasks = sdar.evaluation_tasks(cfg, env)
-    settings = {"model": model, "evaluation_set": evaluation_set_hash(env, tasks, cfg.env_timeout),
-                "conditions": conditions, "config": folders.storable(cfg),
+    settings = {"model": model, "endpoint": server and server.shown,
+                "evaluation_set": evaluation_set_hash(env, tasks, cfg.env_timeout),
+                "conditions": conditions, "config": folders.storable(cfg), "run": training_of(model),
                 "sampling": {"split": cfg.eval_split, "tasks": len(tasks), "repeats": repeats, "seed": cfg.seed,
                              "temperature": cfg.eval_temperature}}
-    name = Path(model).absolute().name
-    default = f"{model}/eval.json" if name.startswith("checkpoint-") else f"eval-{name}-{cfg.env}.json"
-    out = Path(options.get("out", default))
+    out = Path(options.get("out", default_out(model, cfg)))
     free_to_write(out, settings)
     skills = sdar.load_skills(cfg, env.task_types)
-    policy = sdar.load_policy(dataclasses.replace(cfg, kl_coef=0.0, teacher="none"), skills)  # no reference
+    player = server or sdar.load_policy(dataclasses.replace(cfg, kl_coef=0.0, teacher="none"), skills)  # no reference
     environments = [env] + [sdar.make_env(cfg) for _ in tasks[1:]]
-    print(headline(settings))
-    played = {name: play(policy, cfg, environments, tasks, repeats, skills if name == "with" else None, name)
+    print(headline(settings), flush=True)
+    played = {name: play(player, cfg, environments, tasks, repeats, skills if name == "with" else None, name)
               for name in conditions}
     outcomes = {name: some for name, (some, _) in played.items()}
-    summary = {name: summarise(outcomes[name]) for name in conditions}
+    summary = {name: results.summarise(outcomes[name]) for name in conditions}
     if len(conditions) == 2:
-        summary["with - without"] = difference(outcomes["with"], outcomes["without"])
+        summary["with - without"] = results.difference([outcomes["with"]], [outcomes["without"]])
     result = {"format": FORMAT, **settings, "provenance": folders.provenance(sdar.__version__), "summary": summary,
-              "episodes": episodes_beside(out).name, "outcomes": outcomes}
-    write_result(out, result, itertools.chain(*(lines for _, lines in played.values())))  # first: printing may fail
-    for name in conditions:
-        print_table(CONDITIONS[name], summary[name])
-    if len(conditions) == 2:
-        print_difference("with - without skills", summary["with - without"])
+              "requests": server and server.counts, "episodes": episodes_beside(out).name, "outcomes": outcomes}
+    results.write_result(out, result, itertools.chain(*(lines for _, lines in played.values())))  # printing may fail
+    results.print_summary(result)
     print(f"\nsaved in {out}; read its episodes: python eval.py --show {out} --lost")
     return result
 
 
-def headline(result):
+def default_out(model, cfg):
+    name = Path(model).absolute().name
+    return f"{model}/eval.json" if name.startswith("checkpoint-") else f"eval-{name}-{cfg.env}.json"
+
+
+def headline(result, group=None):
+    """Two lines on what was evaluated, and how. group: what to say instead of one model."""
     cfg, sampling = result["config"], result["sampling"]
     how = f"T={sampling['temperature']:g}" if sampling["temperature"] else "greedy"
     episodes = f"{sampling['repeats']} episode{'s' * (sampling['repeats'] > 1)} per task"
-    return (f"{result['model']} on {cfg['env']} ({runs.data_label(cfg.get('data'))})\n"
+    model = f"{result['model']} at {result['endpoint']}" if result.get("endpoint") else result["model"]
+    return (f"{group or model} on {cfg['env']} ({runs.data_label(cfg.get('data'))})\n"
             f"{sampling['tasks']} tasks of {sampling['split']}, evaluation set {result['evaluation_set'][:12]}, {how}, "
-            f"{episodes}, seed {sampling['seed']}")
+            f"{episodes}" + ("" if group else f", seed {sampling['seed']}"))
 
 
 # ----------------------------------------------------------------------------------------------------------- comparison
 
-def compare(first_path, second_path):
-    """Prints the paired difference of two result files per condition that both have -> {condition: difference(...)}."""
-    first, second = read_result(first_path), read_result(second_path)
-    sets = [side["evaluation_set"][:12] for side in (first, second)]
-    if first["evaluation_set"] != second["evaluation_set"]:
-        raise UserError(f"{first_path} and {second_path} were made on different evaluation sets "
-                        f"({' and '.join(sets)}): only results on the same tasks can be compared.")
-    shared = [name for name in first["conditions"] if name in second["conditions"]]
+def facts(result):
+    """What a result is of, {name: value}; of a checkpoint of a run the training settings, too."""
+    run = result.get("run") or {}
+    return ({name: result.get(name) for name in ("model", "endpoint", "evaluation_set", "conditions")}
+            | result["sampling"] | {name: result["config"].get(name) for name in SETTINGS}
+            | {f"training {name}": run[name] for name in TRAINING if name in run})
+
+
+def training_key(result):
+    """What results that differ in nothing but the training seed have in common, a text; None for no run's."""
+    some = {name: value for name, value in facts(result).items() if name not in ("model", "seed", "conditions")}
+    return json.dumps(some, sort_keys=True) if result.get("run") else None
+
+
+def changes(first, second, leave_out=()):
+    """What differs in two results' facts, for a message: 'seed 0 | 1, max_turns 15 | 30'."""
+    a, b = facts(first), facts(second)
+    return ", ".join(f"{name} {a.get(name)} | {b.get(name)}" for name in a | b
+                     if a.get(name) != b.get(name) and name not in leave_out)
+
+
+def compare(paths):
+    """Prints success and score of several results, grouped by method, per condition, and the difference of each group
+    from the first -> {condition: {letter: difference(...)}}."""
+    paths = [results.result_path(path) for path in paths]
+    found = [read_result(path) for path in paths]
+    shared = results.shared_conditions(paths, found)
+    groups = results.lettered(results.grouped(paths, found, training_key))
+    for letter, group in groups.items():
+        print(f"{letter}  {', '.join(map(str, group.paths))}:\n{headline(group.results[0], group.title)}")
+    first, *others = groups.items()
+    for letter, group in others:
+        leave_out = ("model", "seed") if first[1].seeds and group.seeds else ()
+        unlike = changes(first[1].results[0], group.results[0], leave_out)
+        print(f"settings that differ, A | {letter}: {unlike or 'none'}")
+    table = {}
     for name in shared:
-        played = [{outcome["task_id"] for outcome in side["outcomes"][name]} for side in (first, second)]
-        if played[0] != played[1]:
-            raise UserError(f"{first_path} and {second_path} have outcomes of different tasks ({CONDITIONS[name]}): "
-                            "evaluate one of them anew.")
-    if not shared:
-        raise UserError(f"{first_path} and {second_path} have no condition in common: evaluate both with the same one.")
-    print(f"A  {first_path}: {headline(first)}\nB  {second_path}: {headline(second)}")
-    print(f"settings that differ, A | B: {changes(first, second) or 'none'}")
-    result = {}
-    for name in shared:
-        result[name] = difference(first["outcomes"][name], second["outcomes"][name])
-        rates = (by_task(side["outcomes"][name], "won").mean() for side in (first, second))
-        print_difference("A - B, {} (success {:.3f} and {:.3f})".format(CONDITIONS[name], *rates), result[name])
-    return result
+        results.print_groups(CONDITIONS[name], {letter: group.played(name) for letter, group in groups.items()})
+        table[name] = {}
+        for letter, group in others:
+            same = len(group.seeds) > 1 and group.seeds == first[1].seeds
+            table[name][letter] = results.difference(group.played(name), first[1].played(name), same)
+            results.print_difference(f"{letter} - A, {CONDITIONS[name]}, paired by task{' and seed' * same}",
+                                     table[name][letter])
+    if any(len(group.seeds) == 1 for group in groups.values()):
+        print("\nA single training run says nothing of other seeds: to compare methods, give several runs of each.")
+    return table
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -292,7 +261,16 @@ def parse_args(argv):
     what = parser.add_argument_group("evaluation")
     what.add_argument("model", nargs="?", default=None, metavar="MODEL",
                       help="a checkpoint, tiny, a model folder, or a name that transformers loads")
-    what.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two result files instead")
+    what.add_argument("--endpoint", metavar="URL", help="evaluate a model behind an OpenAI-compatible server, such as "
+                      "http://127.0.0.1:8000/v1; the key, if it wants one, in OPENAI_API_KEY; at most --rollout_batch "
+                      f"requests at a time (default {PARALLEL})")
+    what.add_argument("--model", dest="served", metavar="NAME", help="with --endpoint: the model's name there")
+    what.add_argument("--request_timeout", type=number(float), metavar="FLOAT",
+                      help=f"with --endpoint: seconds for one try of a request (default {TIMEOUT:g})")
+    what.add_argument("--compare", nargs="+", metavar="RESULT", help="compare results with the first instead: files, "
+                      "checkpoints, or runs, whose last evaluated checkpoint counts; seeds of one method are a group")
+    what.add_argument("--curves", nargs="+", metavar="RUN", help="draw the learning curves of runs into --out instead, "
+                      "seeds of one method as one curve (default curves.png)")
     what.add_argument("--show", metavar="RUN", help="print the episodes of a run's last step, or of a result file")
     what.add_argument("--step", type=number(int), metavar="INT", help="with --show: of this training step instead")
     what.add_argument("--lost", action="store_true", help="with --show: only the episodes that were lost")
@@ -308,24 +286,43 @@ def parse_args(argv):
     what.add_argument("--out", metavar="FILE",
                       help="result file (default: eval.json in a checkpoint, else eval-<model>-<env>.json)")
     add_options(parser, sdar.Config, set(FLAGS) - {*SAMPLING}, sdar.TABLES)
-    options = vars(parser.parse_args(argv))
+    return checked(vars(parser.parse_args(argv)))
+
+
+INSTEAD = {"compare": set(), "curves": {"out"}, "show": {"step", "lost"}}  # of playing, with the options of each
+NEEDS = {"step": "show", "lost": "show", "request_timeout": "endpoint", "served": "endpoint", "endpoint": "served"}
+
+
+def checked(options):
+    """The options, with `model` the served model's name. Raises UserError for those that do not go together."""
     given = {name for name, value in options.items() if value is not None}
-    for name, others in {"compare": set(), "show": {"step", "lost"}}.items():
+    flag = lambda name: "--model" if name == "served" else f"--{name}"
+    for name, others in INSTEAD.items():
         if name in given and given - others - {name}:
             raise UserError(f"--{name} does not go with {', '.join(sorted(given - others - {name}))}: leave it out.")
-        if name not in given and given & others:
-            raise UserError(f"--{min(given & others)} needs --{name} RUN.")
-    if not given & {"compare", "show", "model"}:
-        raise UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-30), --compare A B, or --show RUN.")
+    for name, other in NEEDS.items():
+        if name in given and other not in given:
+            raise UserError(f"{flag(name)} needs {flag(other)}, too.")
+    if {"served", "model"} <= given:
+        raise UserError("Give one model: MODEL, which is loaded here, or --endpoint URL --model NAME.")
+    if not given & {*INSTEAD, "served", "model"}:
+        raise UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-30), --endpoint URL --model NAME, "
+                        "--compare A B, --curves RUN RUN, or --show RUN.")
     if options.get("retrieval") == "none":
         raise UserError("--retrieval none shows no skills: use --condition without.")
-    return options
+    if options.get("request_timeout", 1) <= 0:
+        raise UserError("--request_timeout must be greater than 0.")
+    return options | {"model": options.pop("served", options["model"])}
 
 
 def command(argv):
     options = parse_args(argv)
     if "compare" in options:
-        compare(*options["compare"])
+        compare(options["compare"])
+    elif "curves" in options:
+        apart = sdar.FIELDS.keys() & {*SETTINGS, *SAMPLING, *TRAINING} - {"seed"}
+        curves.draw(options["curves"], options.get("out", "curves.png"),
+                    {name: sdar.FIELDS[name].default for name in sorted(apart)})
     elif "show" in options:
         show(options["show"], options.get("step"), options.get("lost", False))
     else:

@@ -34,6 +34,7 @@ Absent on purpose: a critic, a replay buffer, gradients through gate or teacher,
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import random
@@ -47,11 +48,12 @@ from typing import NamedTuple
 import lib  # noqa: F401  before torch, whose threads wait as it says
 import envs
 import kernels
-from lib import agreement, folders, health, models, progress, runs
+from lib import agreement, folders, health, hindsight, models, progress, runs
+from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
 from lib.episodes import episode_lines, write_step
 from lib.program import UserError, describe, exit_status
 from lib.settings import Parser, add_options, changeable, check_value, check_values, option, set_by_hand
-from lib.skills import Skills, read_skills
+from lib.skills import CONTROLS, STRATEGIES, contains, library, retrieve
 from lib.tasks import Task, count_tasks, evaluation_set_hash, reset_env, step_env, stratified, types_of
 
 __version__ = "0.3.0"
@@ -143,6 +145,22 @@ def sdar_loss(logp, teacher_logp, mask, *, beta=5.0, num_tokens=None, surrogate=
 
 # ------------------------------------------------------------------------------------------------------------- settings
 
+# A method is a row of settings; nothing else depends on its name. The rivals' formulas are in lib/baselines.py.
+
+UNTAUGHT = {"sdar_coef": 0.0, "teacher": "none", "retrieval": "none"}
+METHODS = {
+    "grpo": UNTAUGHT,
+    "gigpo": UNTAUGHT | {"gigpo_weight": 1.0, "advantage_stats": "episode"},  # arXiv 2505.10978
+    "sdar": {},
+    "opsd": {"pg_coef": 0.0, "surrogate": "opsd"},  # distillation without rewards
+    "grpo_opsd": {"surrogate": "opsd"},
+    "skill_grpo": UNTAUGHT | {"retrieval": "type", "student_skills": True},
+    "rlsd": {"sdar_coef": 0.0, "teacher": "rollout", "rlsd_mix": 0.5},
+    "skill_sd": {"sdar_coef": 0.001, "teacher": "rollout", "surrogate": "k3"},
+    "opid": {"sdar_coef": 0.0, "teacher": "rollout", "retrieval": "none", "analyser": "rules",  # arXiv 2606.26790
+             "opid_episode_weight": 0.001, "opid_step_weight": 0.001}}
+
+
 @dataclass
 class Config:
     """Every setting once: default (the paper's WebShop values), help, bounds. The command line is made from it."""
@@ -169,11 +187,13 @@ class Config:
                                     at_least=1, resume=True)
     max_response_tokens: int = option(512, "limit of a response", at_least=1, resume=True)
     rollout_batch: int = option(128, "responses generated side by side", at_least=1, resume=True)
-    method: str = option("sdar", "grpo: the same without a teacher", group="algorithm", choices=("sdar", "grpo"))
+    method: str = option("sdar", "values of the settings below: METHODS in sdar.py", group="algorithm",
+                         choices=tuple(METHODS))
     preset: str = option("none", "official: as the released code does it (README, Deviations)",
                          choices=("none", "official"))
     clip: float = option(0.2, "e of eq. (2)", above=0)
     dual_clip: float = option(3.0, "bound on the loss of negative advantages, eq. (2)", at_least=1)
+    pg_coef: float = option(1.0, "weight of L_pg in eq. (5); 0: distillation alone", at_least=0)
     kl_coef: float = option(0.01, "c_kl of eq. (5); 0 needs no reference model", at_least=0)
     entropy_coef: float = option(0.0, "c_ent of eq. (5)", at_least=0)
     invalid_penalty: float = option(0.1, "c_inv of eq. (1)", at_least=0)
@@ -184,16 +204,32 @@ class Config:
     updates: int = option(1, "optimiser steps per batch", at_least=1)
     sdar_coef: float = option(0.01, "lambda of eq. (5)", at_least=0)
     gate_beta: float = option(5.0, "beta of eq. (4)", at_least=0)
+    sdar_decay: int = option(0, "steps in which lambda falls linearly to 0, 0: never", at_least=0)
     gate: str = option("gap", "gate of eq. (4)", choices=kernels.GATES)
-    surrogate: str = option("mle", "weight of -logp in eq. (5), or the exact divergence to the teacher, gate-weighted",
-                            choices=(*SURROGATES, *kernels.DIVERGENCES))
-    teacher: str = option("live", "teacher's weights: current, before the step's first update, or the initial ones",
-                          choices=("live", "rollout", "ref", "none"))
+    surrogate: str = option("mle", "weight of -logp in eq. (5), Skill-SD's k3, or the exact divergence to the teacher, "
+                            "gate-weighted", choices=(*SURROGATES, "k3", *kernels.DIVERGENCES))
+    distill: str = option("all", "episodes with the last term of (5): all, lost ones, those of zero-variance groups",
+                          choices=("all", "failed", "zero_variance"))
+    teacher: str = option("live", "teacher's weights: current, before the step's first update, the initial ones, or an "
+                          "exponential moving average", choices=("live", "rollout", "ref", "ema", "none"))
+    ema: float = option(0.99, "share of its old weights that the average keeps per step", at_least=0, at_most=1)
     teacher_prompt: str = option("message", "skills inside the user message, or as raw text before the chat template "
                                  "and cut from the left", choices=("message", "raw"))
-    retrieval: str = option("type", "skills a teacher sees: general and those of the task's type, all, or none",
-                            choices=("type", "full", "none"))
-    skills: str | None = option(None, "folder with general.md and a file per task type; default: data/skills/<env>")
+    retrieval: str = option("type", "skills that are shown: general and those of the task's type, of keywords in the "
+                            "task, of the best file so far (ucb), all, of a random file, or none", choices=STRATEGIES)
+    skills: str | None = option(None, "folder with general.md and a file per task type, default: data/skills/<env>; or "
+                                "a control: its words shuffled, or the other text, of another task type")
+    student_skills: bool = option(False, "show the skills to the student while it trains")
+    gigpo_weight: float = option(0.0, "weight of GiGPO's step advantages", at_least=0)
+    gigpo_gamma: float = option(0.95, "discount of their returns", at_least=0, at_most=1)
+    gigpo_std: bool = option(False, "divide them by their group's standard deviation, too")
+    rlsd_mix: float = option(0.0, "share of RLSD's token weights in the advantage", at_least=0, at_most=1)
+    rlsd_clip: float = option(0.2, "how far a token weight may be from 1", at_least=0, at_most=1)
+    rlsd_decay: int = option(100, "steps in which that share falls linearly to 0, 0: never", at_least=0)
+    analyser: str = option("none", "who writes OPID's hindsight skills: rules of the environment, or the policy",
+                           choices=("none", "rules", "policy"))
+    opid_episode_weight: float = option(0.0, "weight of the gap under an episode's skill in the advantage", at_least=0)
+    opid_step_weight: float = option(0.0, "weight of the gap under a step's skill in the advantage", at_least=0)
     steps: int = option(150, "training steps", group="optimisation", at_least=0, resume=True)
     lr: float = option(1e-6, "learning rate", at_least=0)
     warmup: int = option(0, "steps of linear warm-up", at_least=0)
@@ -205,10 +241,11 @@ class Config:
     recompute: bool = option(False, "gradient checkpointing: updates are slower and need less memory", resume=True)
     seed: int = option(0, "seed of sampling and task order", at_least=-2**40, at_most=2**40)
     eval_every: int = option(10, "steps between evaluations, 0: none", group="evaluation", at_least=0, resume=True)
-    eval_split: str = option("val", "split that the evaluation set is drawn from; alfworld: valid_seen, valid_unseen")
+    eval_split: str = option("val", "split of the evaluation set, or several; alfworld: valid_seen,valid_unseen")
     eval_tasks: int = option(128, "tasks in the evaluation set, drawn by task type; 0 for the whole split", at_least=0)
     eval_temperature: float = option(0.4, "temperature of the sampled evaluation; a greedy one is run beside it",
                                      at_least=0)
+    eval_greedy: bool = option(True, "play the evaluation set greedily, too", resume=True)
     out: str | None = option(None, "run folder; default: the first free of runs/<env>-<method>-<seed>, ...-2, ...-3",
                              group="commands")
     save_every: int = option(10, "steps between checkpoints", group="run folder", at_least=1, resume=True)
@@ -241,10 +278,7 @@ TINY_DEFAULTS = {
 PRESETS = {"none": {}, "official": {
     "advantage_stats": "turn", "teacher": "rollout", "teacher_prompt": "raw", "entropy_coef": 0.001,
     "check_admissible": False}}
-
-METHODS = {"sdar": {}, "grpo": {"sdar_coef": 0.0, "teacher": "none", "retrieval": "none"}}
-
-
+OFFICIAL = {"opsd": {"surrogate": "mle"}, "grpo_opsd": {"surrogate": "mle", "gate_beta": 0.0}}  # its scripts
 RECIPE = ("env", "model", "preset", "method")  # settings that determine the defaults of the others
 OF_ENV = {name: FIELDS[name].default for name in ("data", "human_goals", "retriever", "skills")}  # belong to one env
 TABLES = ENV_DEFAULTS | {f"tiny in {env}": row for env, row in TINY_DEFAULTS.items()}  # for --help
@@ -275,6 +309,8 @@ def make_config(explicit, base=None):
     for name, value in chosen.items():
         check_value(FIELDS[name], value)
     values = defaults(chosen["env"], chosen["model"]) | PRESETS[chosen["preset"]] | METHODS[chosen["method"]]
+    if chosen["preset"] == "official":
+        values |= OFFICIAL.get(chosen["method"], {})
     cfg = Config(**(values | given))
     validate(cfg, explicit)
     return cfg
@@ -289,6 +325,11 @@ def validate(cfg, explicit=()):
     if cfg.surrogate in kernels.DIVERGENCES and cfg.teacher not in ("live", "none"):
         raise UserError(f"--surrogate {cfg.surrogate} needs the teacher's whole distribution, which only --teacher "
                         f"live computes: leave --teacher {cfg.teacher} out.")
+    if cfg.gigpo_weight and cfg.advantage_stats == "turn":
+        raise UserError("--gigpo_weight adds to advantages over episodes: leave --advantage_stats turn out.")
+    if cfg.student_skills and cfg.retrieval == "ucb":
+        raise UserError("--retrieval ucb learns from an episode before it chooses for the next, and the student's are "
+                        "played side by side: choose another with --student_skills.")
     idle = idle_settings(cfg)
     for name in explicit:
         if name in idle:
@@ -298,14 +339,21 @@ def validate(cfg, explicit=()):
 def idle_settings(cfg):
     """{setting: why it does nothing in this configuration}."""
     taught = cfg.teacher != "none"
+    shown = taught and cfg.analyser == "none" or cfg.student_skills
     rules = [
-        (not taught, ("sdar_coef", "gate_beta", "gate", "surrogate", "retrieval", "skills", "teacher_prompt"),
-         "there is no teacher (--method grpo or --teacher none)"),
+        (not taught, ("sdar_coef", "sdar_decay", "gate_beta", "gate", "surrogate", "distill", "teacher_prompt",
+                      "rlsd_mix", "analyser"), "there is no teacher (--method grpo or --teacher none)"),
+        (not shown, ("retrieval", "skills"), "no library skills are shown"),
         (taught and cfg.gate == "none", ("gate_beta",), "--gate none has no beta"),
-        (taught and cfg.surrogate == "opsd", ("gate", "gate_beta"), "--surrogate opsd has no gate"),
+        (cfg.surrogate in ("opsd", "k3"), ("gate", "gate_beta"), f"--surrogate {cfg.surrogate} has no gate"),
+        (taught and not cfg.sdar_coef, ("sdar_decay", "distill"), "--sdar_coef is 0"),
+        (cfg.teacher != "ema", ("ema",), "--teacher is not ema"),
+        (not cfg.gigpo_weight, ("gigpo_gamma", "gigpo_std"), "--gigpo_weight is 0"),
+        (not cfg.rlsd_mix, ("rlsd_clip", "rlsd_decay"), "--rlsd_mix is 0"),
+        (cfg.analyser == "none", ("opid_episode_weight", "opid_step_weight"), "--analyser is none"),
         (cfg.updates == 1, ("clip", "dual_clip"), "with --updates 1 every ratio is 1"),
         (cfg.history == 0, ("history_observations",), "--history 0 shows no earlier turn"),
-        (not cfg.eval_every, ("eval_split", "eval_tasks", "eval_temperature"), "--eval_every is 0"),
+        (not cfg.eval_every, ("eval_split", "eval_tasks", "eval_temperature", "eval_greedy"), "--eval_every is 0"),
         (cfg.env != "webshop", ("human_goals",), f"{cfg.env} has one kind of goals"),
         (cfg.env != "search", ("retriever",), f"{cfg.env} searches nothing"),
         (cfg.retriever, ("env_timeout",), "a retriever's searches have a deadline of their own"),
@@ -334,13 +382,16 @@ def turn_context(cfg, info, observation, past=()):
 
 
 def load_skills(cfg, task_types):
-    """-> {task type: the text that cfg.retrieval shows}. Raises UserError if a file is missing."""
-    if cfg.retrieval == "none":
-        return Skills(dict.fromkeys(task_types, ""))
-    general, by_type = read_skills(cfg.skills or folders.ROOT / "data" / "skills" / cfg.env, task_types)
-    if cfg.retrieval == "full":
-        return Skills(dict.fromkeys(task_types, "\n".join([general, *by_type.values()])))
-    return Skills({kind: f"{general}\n{text}" for kind, text in by_type.items()})
+    """-> {task type: text}, which cfg.retrieval chooses from. Raises UserError if a file is missing."""
+    control = cfg.skills if cfg.skills in CONTROLS else None
+    own = folders.ROOT / "data" / "skills" / cfg.env
+    return library(cfg.skills if cfg.skills and not control else own, task_types, cfg.retrieval, control)
+
+
+def skill_text(skills, episode):
+    """What is shown beside an episode's prompts: the skills retrieved for it, then its task's own teacher_prompt."""
+    text = retrieve(skills, episode.task_type, episode.goal, episode.name)
+    return "\n".join(filter(None, (text, episode.teacher_prompt)))
 
 
 def render(cfg, context, skills=""):
@@ -387,6 +438,7 @@ class Policy:
     device: torch.device
     autocast: bool
     ref: torch.nn.Module | None = None  # the initial weights, frozen
+    ema: torch.nn.Module | None = None  # a moving average of the weights
     packs: bool = True  # whether siblings may be packed into one sequence
     fused_error: float = 0.0  # largest difference between the trainer's log-probs and the model's own, in a trial
 
@@ -413,6 +465,8 @@ def make_policy(model, tokenizer, cfg, skills=None):
     policy.fused_error, policy.packs = check_model(policy, cfg, skills)
     if cfg.kl_coef or cfg.teacher == "ref":
         policy.ref = copy.deepcopy(policy.model).requires_grad_(False)
+    if cfg.teacher == "ema":
+        policy.ema = copy.deepcopy(policy.model).requires_grad_(False)
     return policy
 
 
@@ -577,6 +631,7 @@ class Turn:
     text: str
     action: str
     valid: bool
+    observation: str = ""  # as the environment gave it; a prompt that is too long shows less
 
 
 @dataclass
@@ -586,6 +641,9 @@ class Episode:
     task: Task
     task_type: str
     turns: list
+    goal: str = ""  # the task in words
+    teacher_prompt: str = ""  # what the task's own row has for the teacher
+    name: str = ""  # the same in every run: all that chance in it depends on
     won: bool = False
     score: float = 0.0
     done: bool = False  # False: out of turns
@@ -602,7 +660,6 @@ class Running:
     info: dict
     past: list  # of (observation, action), oldest first
     over: bool = False
-    name: str = ""  # of the episode, the same in every run
 
 
 def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, seed=0, doing="rollout"):
@@ -617,17 +674,17 @@ def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, 
         raise ValueError(f"{len(tasks)} tasks need as many environments, not {len(environments)}")
     temperature = cfg.temperature if temperature is None else temperature
     running = [start_episode(cfg, task, env) for task, env in zip(tasks, environments)]
-    number_episodes(running)
+    number_episodes(running, seed)
     with progress.bar(doing, len(running) * cfg.max_turns, "turn"):
-        play(policy, running, cfg, temperature, skills, seed)
+        play(policy, running, cfg, temperature, skills)
     return [r.episode for r in running]
 
 
-def play(policy, running, cfg, temperature, skills, seed):
+def play(policy, running, cfg, temperature, skills):
     """Turn by turn, until every episode is over or out of turns."""
     for turn_number in range(cfg.max_turns):
         prompts = [turn_prompt(policy.chat, cfg, r, skills) for r in running]  # of (context, ids)
-        noises = [random.Random(f"{seed} {r.name} {turn_number}") for r in running]
+        noises = [random.Random(f"{r.episode.name} {turn_number}") for r in running]
         responses = sample(policy, [ids for _, ids in prompts], cfg, temperature, noises)
         turns = [read_response(policy.chat, cfg, *prompt, response) for prompt, response in zip(prompts, responses)]
         for r, turn, result in zip(running, turns, step_all(cfg, running, turns)):
@@ -639,25 +696,26 @@ def play(policy, running, cfg, temperature, skills, seed):
             break
 
 
-def number_episodes(running):
-    """Names each episode by its task and by how many of the same task come before it: all that its noise depends on,
-    so that neither the batch nor the other tasks change what is sampled."""
+def number_episodes(running, seed):
+    """Names each episode by seed, task and how many of the same task come before it: all that its noise depends on, so
+    that neither the batch nor the other tasks change what is sampled."""
     seen = Counter()
     for r in running:
         task = r.episode.task[:2]  # split and id
-        r.name = f"{task} {seen[task]}"
+        r.episode.name = f"{seed} {task} {seen[task]}"
         seen[task] += 1
 
 
 def start_episode(cfg, task, env):
     observation, info = reset_env(env, task, cfg.env_timeout)
-    return Running(Episode(task, info["task_type"], []), env, observation, info, [])
+    episode = Episode(task, info["task_type"], [], info["task"], info.get("teacher_prompt", ""))
+    return Running(episode, env, observation, info, [])
 
 
 def turn_prompt(chat, cfg, running, skills):
     """-> (context, prompt ids) of the next turn; skills are those that the student sees, or None."""
     context = turn_context(cfg, running.info, running.observation, running.past)
-    return fit_prompt(chat, cfg, context, skills[running.info["task_type"]] if skills else "")
+    return fit_prompt(chat, cfg, context, skill_text(skills, running.episode) if skills else "")
 
 
 def read_response(chat, cfg, context, prompt_ids, response):
@@ -670,6 +728,7 @@ def read_response(chat, cfg, context, prompt_ids, response):
 def record_turn(cfg, running, turn, result):
     """Notes what the environment answered to a turn."""
     observation, _, terminated, truncated, info = result
+    turn.observation = running.observation
     turn.valid = turn.valid and (info["valid"] or not cfg.check_admissible)
     running.past.append((running.observation, turn.action))
     running.observation, running.info, running.over = observation, info, terminated or truncated
@@ -716,11 +775,12 @@ def step_tasks(cfg, env, step):
 
 def evaluation_tasks(cfg, env):
     """The fixed evaluation set: cfg.eval_tasks tasks of a split, drawn by task type and the same for every run."""
-    types = types_of(env, cfg.eval_split)
-    if len(types) < cfg.eval_tasks:
-        raise UserError(f"--eval_tasks {cfg.eval_tasks} is more than the {len(types)} tasks of split "
+    tasks = [(split, i, kind) for split in cfg.eval_split.split(",") for i, kind in enumerate(types_of(env, split))]
+    if len(tasks) < cfg.eval_tasks:
+        raise UserError(f"--eval_tasks {cfg.eval_tasks} is more than the {len(tasks)} tasks of split "
                         f"{cfg.eval_split!r}: lower it; 0 plays all.")
-    return [Task(cfg.eval_split, i, i) for i in stratified(types, cfg.eval_tasks or len(types))]
+    chosen = stratified([kind for *_, kind in tasks], cfg.eval_tasks or len(tasks))
+    return [Task(*tasks[number][:2], number) for number in chosen]
 
 
 # ----------------------------------------------------------------------------------------------- rows and micro-batches
@@ -734,6 +794,7 @@ class Row:
     response_ids: tuple
     advantage: float
     logp: tuple  # the sampler's log-probs of the response
+    source: str = "library"  # of the skills: library, episode or step (of hindsight), "" where nothing is distilled
 
 
 def episode_return(cfg, episode):
@@ -741,28 +802,74 @@ def episode_return(cfg, episode):
 
 
 def make_rows(policy, cfg, episodes, skills):
-    """Episodes -> (rows, metrics): eq. (1), the penalty for invalid turns, and the teacher's prompts."""
+    """Episodes -> (rows, metrics): advantages, and the teacher's prompts."""
+    advantages, metrics = turn_advantages(cfg, episodes)
+    texts, more = skill_texts(policy, cfg, episodes, skills)
+    rows, prompts, missing = [], {}, 0  # equal turns have equal teacher prompts: each is made once
+    for turn, advantage, (source, text) in zip((t for e in episodes for t in e.turns), advantages.tolist(), texts):
+        key = turn.prompt_ids, text
+        if key not in prompts:
+            ids = () if cfg.teacher == "none" else teacher_ids(policy.chat, cfg, turn, text)
+            prompts[key] = ids, not text or contains(policy.chat.tokenizer.decode(ids or turn.prompt_ids), text)
+        rows.append(Row(turn.prompt_ids, prompts[key][0], turn.response.ids, advantage, turn.response.logp, source))
+        missing += not prompts[key][1] or not text and source != "" and cfg.retrieval != "none"
+    return rows, metrics | more | {"skills/missing": missing / len(rows)}
+
+
+def turn_advantages(cfg, episodes):
+    """-> (advantages of all turns [B], metrics): eq. (1), GiGPO's step advantages, the penalty for invalid turns."""
     returns = torch.tensor([episode_return(cfg, e) for e in episodes], dtype=torch.float64)  # [E]
     groups = torch.tensor([e.task.group for e in episodes])
     turns = [(i, turn) for i, e in enumerate(episodes) for turn in e.turns]
     owner = torch.tensor([i for i, _ in turns])  # [B] episode of each turn
     penalty = torch.tensor([0.0 if turn.valid else cfg.invalid_penalty for _, turn in turns], dtype=torch.float64)
+    metrics = {"grpo/zero_variance_groups": runs.mean(tied_groups(cfg, episodes).values())}
     if cfg.advantage_stats == "turn":  # the released code: statistics over turns, penalty inside
-        advantages = group_advantages(returns[owner] - penalty, groups[owner])
-    else:
-        advantages = group_advantages(returns, groups)[owner] - penalty  # eq. (1)
-    prompts = {}  # equal turns have equal teacher prompts: each is made once
-    rows = []
-    for (i, turn), advantage in zip(turns, advantages.tolist()):
-        teacher = ()
-        if cfg.teacher != "none":
-            key = turn.prompt_ids, episodes[i].task_type
-            if key not in prompts:
-                prompts[key] = teacher_ids(policy.chat, cfg, turn, skills[episodes[i].task_type])
-            teacher = prompts[key]
-        rows.append(Row(turn.prompt_ids, teacher, turn.response.ids, advantage, turn.response.logp))
-    equal = [float((returns[groups == g] == returns[groups == g][0]).all()) for g in groups.unique()]
-    return rows, {"grpo/zero_variance_groups": runs.mean(equal)}
+        return group_advantages(returns[owner] - penalty, groups[owner]), metrics
+    advantages = group_advantages(returns, groups)[owner]  # eq. (1)
+    if cfg.gigpo_weight:
+        rewards = torch.zeros(len(turns), dtype=torch.float64)
+        rewards[torch.tensor([len(e.turns) for e in episodes]).cumsum(0) - 1] = returns  # earned by the last turn
+        observations, before = [turn.observation for _, turn in turns], advantages
+        advantages = gigpo_advantages(rewards, owner, groups[owner], observations, gamma=cfg.gigpo_gamma,
+                                      weight=cfg.gigpo_weight, divide_by_std=cfg.gigpo_std)
+        step_groups = Counter(zip(groups[owner].tolist(), observations))
+        metrics |= {"gigpo/change": (advantages - before).abs().mean().item(),
+                    "gigpo/alone": sum(size == 1 for size in step_groups.values()) / len(turns)}
+    return advantages - penalty, metrics
+
+
+def tied_groups(cfg, episodes):
+    """{group: whether all of its returns are equal, so that eq. (1) gives 0}."""
+    returns = defaultdict(set)
+    for e in episodes:
+        returns[e.task.group].add(episode_return(cfg, e))
+    return {group: len(some) == 1 for group, some in returns.items()}
+
+
+def skill_texts(policy, cfg, episodes, skills):
+    """What teacher, or student, sees beside each turn's prompt -> ([(source, text)] of all turns, metrics)."""
+    if cfg.teacher == "none" and not cfg.student_skills:
+        return [("", "")] * sum(len(e.turns) for e in episodes), {}
+    if cfg.analyser != "none":
+        analyses = hindsight.analyse(policy, cfg, episodes, [episode_return(cfg, e) for e in episodes], sample)
+        texts = [routed(cfg, one, number) for e, one in zip(episodes, analyses) for number in range(len(e.turns))]
+        return texts, {"opid/analysed": runs.mean(one is not None for one in analyses),
+                       "opid/step_turns": runs.mean(source == "step" for source, _ in texts)}
+    tied, texts = tied_groups(cfg, episodes), []
+    for e in episodes:
+        distilled = {"all": True, "failed": not e.won, "zero_variance": tied[e.task.group]}[cfg.distill]
+        texts += [("library" if distilled else "", skill_text(skills, e))] * len(e.turns)
+        if cfg.retrieval == "ucb":
+            skills.learn(e.task_type, episode_return(cfg, e) / 10)
+    return texts, {}
+
+
+def routed(cfg, analysis, number):
+    """OPID's hard switch: a turn's own skill if it has one, else that of its episode -> (source, text)."""
+    if analysis and cfg.opid_step_weight and number in analysis.step_skills:
+        return "step", analysis.step_skills[number]
+    return ("episode", analysis.episode_skill) if analysis and cfg.opid_episode_weight else ("", "")
 
 
 def micro_batches(rows, micro_tokens, packs=True):
@@ -816,6 +923,11 @@ def join_tokens(rows, lists, device):
     return torch.tensor([x for row in rows for x in lists[row]], dtype=torch.float32, device=device)
 
 
+def repeat_tokens(rows, value, device):
+    """A function of a row -> [N], the same number for each of its tokens."""
+    return join_tokens(rows, {row: [value(row)] * len(row.response_ids) for row in rows}, device)
+
+
 @torch.no_grad()
 def response_logp(policy, model, rows, cfg, teacher=False):
     """Log-probs of the rows' responses under model, after the student's or the teacher's prompt -> {row: list}."""
@@ -840,7 +952,7 @@ class Frozen(NamedTuple):
 
 def frozen_logp(policy, rows, cfg):
     """The log-probs that a step needs from before its first update -> Frozen."""
-    early_teacher = {"rollout": policy.model, "ref": policy.ref}.get(cfg.teacher)
+    early_teacher = {"rollout": policy.model, "ref": policy.ref, "ema": policy.ema}.get(cfg.teacher)
     return Frozen(
         old_logp=response_logp(policy, policy.model, rows, cfg) if cfg.updates > 1 else None,
         ref_logp=response_logp(policy, policy.ref, rows, cfg) if cfg.kl_coef else None,
@@ -872,28 +984,54 @@ def step_loss(policy, cfg, micro_batch, num_tokens, frozen):
     tokens = token_scores(policy, cfg, micro_batch, frozen)
     logp, mask = tokens.logp, torch.ones_like(tokens.logp)
     old_logp = logp.detach() if frozen.old_logp is None else join_tokens(rows, frozen.old_logp, logp.device)
-    advantages = join_tokens(rows, {row: [row.advantage] * len(row.response_ids) for row in rows}, logp.device)
-
-    pg, metrics = policy_loss(logp, old_logp, advantages, mask, num_tokens=num_tokens, clip=cfg.clip,
-                              dual_clip=cfg.dual_clip)
+    advantages, metrics = token_advantages(cfg, rows, old_logp, tokens.teacher_logp, num_tokens)
+    pg, more = policy_loss(logp, old_logp, advantages, mask, num_tokens=num_tokens, clip=cfg.clip,
+                           dual_clip=cfg.dual_clip)
     off = (old_logp - join_tokens(rows, {row: row.logp for row in rows}, logp.device)).abs()
-    metrics |= {"rollout/logp_diff_mean": off.sum() / num_tokens, "rollout/logp_diff_max": off.max()}
-    terms = {"grpo/loss": (1.0, pg), "grpo/entropy": (-cfg.entropy_coef, tokens.entropy.sum() / num_tokens)}
+    metrics |= more | {"rollout/logp_diff_mean": off.sum() / num_tokens, "rollout/logp_diff_max": off.max()}
+    terms = {"grpo/loss": (cfg.pg_coef, pg), "grpo/entropy": (-cfg.entropy_coef, tokens.entropy.sum() / num_tokens)}
     if cfg.kl_coef:
         ref_logp = join_tokens(rows, frozen.ref_logp, logp.device)
         terms["kl/loss"] = cfg.kl_coef, kl_loss(logp, ref_logp, mask, num_tokens=num_tokens)
     gaps = {}
     if cfg.teacher != "none":
-        exact = cfg.surrogate in kernels.DIVERGENCES
-        distill, more = sdar_loss(logp, tokens.teacher_logp, mask, beta=cfg.gate_beta, num_tokens=num_tokens,
-                                  surrogate="mle" if exact else cfg.surrogate, gate=tokens.gate)
-        if exact:
-            distill = (tokens.gate * tokens.divergence).sum() / num_tokens
+        taught = repeat_tokens(rows, lambda row: row.source != "", logp.device)
+        distill, more = distillation(cfg, tokens, old_logp, taught, num_tokens)
         terms["sdar/loss"] = cfg.sdar_coef, distill
         metrics |= more
         gaps = dict(zip(rows, zip(split_tokens(rows, tokens.gap), split_tokens(rows, tokens.gate))))
-    loss = sum(coef * value for coef, value in terms.values() if coef)  # eq. (5)
+    loss = sum((coef * value for coef, value in terms.values() if coef), start=0.0 * pg)  # eq. (5)
     return loss, metrics | {name: value.detach() for name, (_, value) in terms.items()}, gaps
+
+
+def token_advantages(cfg, rows, old_logp, teacher_logp, num_tokens):
+    """-> (advantages [N]: those of the tokens' turns, moved by the teacher if RLSD or OPID ask for it; metrics)."""
+    mask, metrics = torch.ones_like(old_logp), {}
+    advantages = turn = repeat_tokens(rows, lambda row: row.advantage, mask.device)
+    if cfg.rlsd_mix:
+        advantages = rlsd_advantages(turn, old_logp, teacher_logp, mask, mix=cfg.rlsd_mix, clip=cfg.rlsd_clip)
+        metrics["rlsd/change"] = (advantages - turn).abs().sum() / num_tokens
+    if cfg.opid_episode_weight or cfg.opid_step_weight:
+        of_episode = (teacher_logp - old_logp) * repeat_tokens(rows, lambda row: row.source == "episode", mask.device)
+        of_step = (teacher_logp - old_logp) * repeat_tokens(rows, lambda row: row.source == "step", mask.device)
+        advantages = opid_advantages(advantages, of_episode, of_step, mask, episode_weight=cfg.opid_episode_weight,
+                                     step_weight=cfg.opid_step_weight)
+        for name, value in ("episode_gap", of_episode), ("step_gap", of_step), ("change", advantages - turn):
+            metrics[f"opid/{name}"] = value.abs().sum() / num_tokens
+    return advantages, metrics
+
+
+def distillation(cfg, tokens, old_logp, mask, num_tokens):
+    """The last term of eq. (5), without lambda, over the tokens in mask [N] -> (loss, metrics)."""
+    loss, metrics = sdar_loss(tokens.logp, tokens.teacher_logp, mask, beta=cfg.gate_beta, num_tokens=num_tokens,
+                              surrogate=cfg.surrogate if cfg.surrogate in SURROGATES else "mle", gate=tokens.gate)
+    metrics["sdar/distilled"] = mask.sum() / num_tokens
+    if cfg.surrogate in kernels.DIVERGENCES:
+        loss = (tokens.gate * tokens.divergence * mask).sum() / num_tokens
+    if cfg.surrogate == "k3":
+        loss, more = skill_sd_loss(tokens.logp, tokens.teacher_logp, old_logp, mask, num_tokens=num_tokens)
+        metrics |= more
+    return loss, metrics
 
 
 def train_step(policy, optimizer, rows, cfg, step):
@@ -901,6 +1039,7 @@ def train_step(policy, optimizer, rows, cfg, step):
 
     Every denominator is the number of response tokens of a whole optimiser step, whatever the micro-batches.
     """
+    cfg = scheduled(cfg, step)
     frozen = frozen_logp(policy, rows, cfg)
     if cfg.updates > 1:
         rows = random.Random(f"{cfg.seed} {step}").sample(rows, len(rows))
@@ -920,7 +1059,16 @@ def train_step(policy, optimizer, rows, cfg, step):
                     value = float(value)
                     total[name] = max(total[name], value) if name.endswith("_max") else total[name] + value / len(parts)
             total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, lr, cfg, total) / len(parts)
+    if policy.ema is not None:
+        models.move_average(policy.ema, policy.model, cfg.ema)
     return dict(total), gaps
+
+
+def scheduled(cfg, step):
+    """cfg with the coefficients of step 0, 1, ..: two may fall linearly to 0."""
+    left = lambda steps: max(0.0, 1 - step / steps) if steps else 1.0
+    return dataclasses.replace(cfg, sdar_coef=cfg.sdar_coef * left(cfg.sdar_decay),
+                               rlsd_mix=cfg.rlsd_mix * left(cfg.rlsd_decay))
 
 
 def learning_rate(cfg, step):
@@ -955,20 +1103,22 @@ def train(cfg, folder=None, checkpoint=None):
     environments = [env] + [make_env(cfg) for _ in range(count - 1)]
     skills = load_skills(cfg, env.task_types)
     policy = load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg, skills)
-    check_prompt_limit(policy, cfg, env)
+    turn_prompt(policy.chat, cfg, start_episode(cfg, Task("train", 0, 0), env), None)  # UserError if it can't fit
     optimizer = make_optimizer(policy.model, cfg)
+    more = {"skills": skills} | ({"ema": policy.ema} if policy.ema else {})  # with a state of its own in checkpoints
     if checkpoint:
-        done = folders.restore(checkpoint, optimizer, policy.ref, cfg.eval_every)
+        done = folders.restore(checkpoint, optimizer, policy.ref, cfg.eval_every, more)
         folders.write_settings(folder, cfg)  # some may have changed
     else:
-        folder, done = folders.create_run(cfg, __version__, f"{cfg.env}-{cfg.method}-{cfg.seed}"), 0
+        folder, done = folders.create_run(cfg, __version__, f"{cfg.env}-{runs.label(cfg, '-')}-{cfg.seed}"), 0
     head = policy.model.get_output_embeddings().weight
     print(runs.headline(cfg, folder, policy, kernels.choose_backend("auto", head, head)) +
           health.forecast(cfg, folder, policy), flush=True)
     if cfg.eval_every:
         digest = evaluation_set_hash(env, evaluation_tasks(cfg, env), cfg.env_timeout)
         print(f"evaluation set {digest[:12]}, of split {cfg.eval_split}", flush=True)
-    with runs.Run(folder, policy.model, policy.chat.tokenizer, optimizer, cfg, done, "python sdar.py") as run:
+    with runs.Run(folder, policy.model, policy.chat.tokenizer, optimizer, cfg, done, "python sdar.py",
+                  more=more) as run:
         learn(policy, optimizer, environments, skills, cfg, run)
     print(runs.farewell(folder))
 
@@ -977,10 +1127,11 @@ def learn(policy, optimizer, environments, skills, cfg, run):
     """The algorithm: evaluate if due, rollout, rows, train step, log, save if due."""
     for step in range(run.step, cfg.steps):
         if cfg.eval_every and step % cfg.eval_every == 0:
-            evaluate(policy, cfg, environments, run)
+            evaluate(policy, cfg, environments, skills, run)
         start, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
         torch.manual_seed(seed)  # for models that draw numbers of their own
-        episodes = rollout(policy, environments, step_tasks(cfg, environments[0], step), cfg, seed=seed)
+        episodes = rollout(policy, environments, step_tasks(cfg, environments[0], step), cfg, seed=seed,
+                           skills=skills if cfg.student_skills else None)
         rolled = time.perf_counter()
         with runs.uninterrupted():
             rows, metrics = make_rows(policy, cfg, episodes, skills)
@@ -993,29 +1144,28 @@ def learn(policy, optimizer, environments, skills, cfg, run):
                         "mem/peak_gb": runs.peak_memory_gb(policy.device)}
             run.finish_step(metrics, runs.step_line(cfg, step + 1, metrics))
     if cfg.eval_every:
-        evaluate(policy, cfg, environments, run)
+        evaluate(policy, cfg, environments, skills, run)
 
 
-def evaluate(policy, cfg, environments, run):
-    """Plays the evaluation set, sampled and greedy, without skills, and logs it; draws curve.png."""
+def evaluate(policy, cfg, environments, skills, run):
+    """Plays the evaluation set sampled, greedily, and with skills if the student trains with them; logs, draws."""
     tasks = evaluation_tasks(cfg, environments[0])
-    sampled, greedy = (rollout(policy, environments, tasks, cfg, temperature=temperature, seed=cfg.seed, doing=doing)
-                       for temperature, doing in [(cfg.eval_temperature, "evaluation"), (0, "greedy evaluation")])
-    by_type = defaultdict(list)
-    for e in sampled:
-        by_type[f"eval/success/{e.task_type}"].append(e.won)
+    play_all = functools.partial(rollout, policy, environments, tasks, cfg, seed=cfg.seed)
+    sampled, others = play_all(temperature=cfg.eval_temperature, doing="evaluation"), {}
+    if cfg.eval_greedy:
+        others["greedy"] = play_all(temperature=0, doing="greedy evaluation")
+    if cfg.student_skills:
+        others["skilled"] = play_all(temperature=cfg.eval_temperature, skills=skills, doing="evaluation with skills")
+    success = {name: runs.mean(e.won for e in some) for name, some in others.items()}
     metrics = {"eval/success": runs.mean(e.won for e in sampled), "eval/score": runs.mean(e.score for e in sampled),
-               "eval/greedy_success": runs.mean(e.won for e in greedy),
-               "eval/errors": sum(e.errors for e in sampled + greedy),
-               **{name: runs.mean(won) for name, won in sorted(by_type.items())}}
+               **{f"eval/{name}_success": rate for name, rate in success.items()},
+               "eval/errors": sum(e.errors for e in itertools.chain(sampled, *others.values())),
+               **{f"eval/success/{kind}": runs.mean(e.won for e in sampled if e.task_type == kind)
+                  for kind in sorted({e.task_type for e in sampled})}}
     run.log(run.step, metrics, f"evaluation after step {run.step}: success {metrics['eval/success']:.3f} at T="
-            f"{cfg.eval_temperature:g}, {metrics['eval/greedy_success']:.3f} greedy ({len(tasks)} of {cfg.eval_split})")
+            f"{cfg.eval_temperature:g}{''.join(f', {rate:.3f} {name}' for name, rate in success.items())} "
+            f"({len(tasks)} of {cfg.eval_split})")
     runs.plot_curve(run.folder, cfg)
-
-
-def check_prompt_limit(policy, cfg, env):
-    """Raises UserError if the first task's prompt cannot be made to fit, before anything is saved."""
-    turn_prompt(policy.chat, cfg, start_episode(cfg, Task("train", 0, 0), env), None)
 
 
 # --------------------------------------------------------------------------------------------------------- command line

@@ -109,11 +109,12 @@ def newest_intact(candidates, settings):
 
 # ------------------------------------------------------------------------------------------------------------- to write
 
-def save_checkpoint(run, model, tokenizer, optimizer, step, *, keep=2, settings=None):
+def save_checkpoint(run, model, tokenizer, optimizer, step, *, keep=2, settings=None, more=None):
     """Writes <run>/checkpoint-<step> atomically (in a hidden folder, then renamed) -> its Path.
 
     Only the newest `keep` stay, and checkpoint-0, from which a resumed run reads its reference model. Files that the
-    run has not written, such as an evaluation, stay too. settings: the run's, as in its config.json. Raises NotSaved.
+    run has not written, such as an evaluation, stay too. settings: the run's, as in its config.json. more: {name:
+    object with a state_dict} that goes with the optimiser. Raises NotSaved.
     """
     final, hidden = run / f"checkpoint-{step}", run / f".checkpoint-{step}.tmp"
     shutil.rmtree(hidden, ignore_errors=True)
@@ -124,7 +125,8 @@ def save_checkpoint(run, model, tokenizer, optimizer, step, *, keep=2, settings=
         model.save_pretrained(hidden)
         tokenizer.save_pretrained(hidden)
         with open(hidden / "state.pt", "wb") as file:
-            torch.save({"optimizer": optimizer.state_dict(), "step": step}, file)
+            states = {name: one.state_dict() for name, one in (more or {}).items()}
+            torch.save({"optimizer": optimizer.state_dict(), "step": step, "more": states}, file)
         seal(hidden, step, settings)
         put_in_place(hidden, final)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
@@ -189,8 +191,9 @@ def drop(checkpoint):
 
 # -------------------------------------------------------------------------------------------------------------- to read
 
-def load_state(checkpoint, optimizer, ref=None):
-    """Loads the optimiser's state in place, and ref's weights from checkpoint-0 -> steps done.
+def load_state(checkpoint, optimizer, ref=None, more=None):
+    """Loads the optimiser's state and what was saved as `more` in place, and ref's weights from checkpoint-0 -> steps
+    done.
 
     The model is to be loaded from the checkpoint like any other. Raises UserError if a reference model is needed and
     checkpoint-0 is not intact.
@@ -206,4 +209,7 @@ def load_state(checkpoint, optimizer, ref=None):
     device = optimizer.param_groups[0]["params"][0].device
     state = torch.load(checkpoint / "state.pt", map_location=device, weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
+    for name, one in (more or {}).items():
+        if name in state.get("more", {}):  # checkpoints of 0.3 have none
+            one.load_state_dict(state["more"][name])
     return state["step"]

@@ -307,12 +307,13 @@ def finished_text(cfg, run, checkpoint):
             f"or more{rate}, or evaluate it: python eval.py {shlex.quote(str(checkpoint))}")
 
 
-def restore(checkpoint, optimizer, ref=None, eval_every=0):
-    """Loads the optimiser's state, and ref's weights from checkpoint-0 -> steps done. Later steps are set aside.
+def restore(checkpoint, optimizer, ref=None, eval_every=0, more=None):
+    """Loads the optimiser's state, that of `more`, {name: object with a load_state_dict}, and ref's weights from
+    checkpoint-0 -> steps done. Later steps are set aside.
 
     eval_every: of the run that goes on, which plays an evaluation that is due now again.
     """
-    done = load_state(checkpoint, optimizer, ref)
+    done = load_state(checkpoint, optimizer, ref, more)
     set_aside(checkpoint.parent, done)
     trim_metrics(checkpoint.parent, done, eval_every and done % eval_every == 0)
     return done

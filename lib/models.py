@@ -335,3 +335,10 @@ def empty_cache(model):
     cache = DynamicCache(config=model.config)
     renamed = "cache" in inspect.signature(model.forward).parameters  # since transformers 5.24
     return cache, {"cache" if renamed else "past_key_values": cache, "use_cache": True}
+
+
+@torch.no_grad()
+def move_average(average, model, keep):
+    """Moves the average's weights towards the model's, of which it keeps the share `keep` of its own."""
+    for old, new in zip(average.parameters(), model.parameters()):
+        old.lerp_(new, 1 - keep)

@@ -85,11 +85,11 @@ class Run:
     logged is not saved: then the last checkpoint is where the run goes on.
     """
 
-    def __init__(self, folder, model, tokenizer, optimizer, cfg, step, command, flags=None):
+    def __init__(self, folder, model, tokenizer, optimizer, cfg, step, command, flags=None, more=None):
         """cfg: settings of the run (steps, save_every, keep, ...); step: those done; command: what --resume follows;
-        flags: those of the settings that are flags of the command, None: all."""
+        flags: those of the settings that are flags of the command, None: all; more: what else checkpoints keep."""
         self.folder, self.step, self.cfg = folder.absolute(), step, cfg  # an environment may change directories
-        self.flags = flags
+        self.flags, self.more = flags, more
         self.resume_command = f"{command} --resume {shlex.quote(str(folder))}"
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.saved = step if folder / f"checkpoint-{step}" in checkpoints(folder) else None  # a resumed run's
@@ -105,7 +105,7 @@ class Run:
         spared: how many checkpoints stay beside it more than cfg.keep says."""
         if self.saved != self.step:
             save_checkpoint(self.folder, self.model, self.tokenizer, self.optimizer, self.step,
-                            keep=self.cfg.keep + spared, settings=self.settings)
+                            keep=self.cfg.keep + spared, settings=self.settings, more=self.more)
             self.saved = self.step
         return self.folder / f"checkpoint-{self.step}"
 
@@ -241,10 +241,15 @@ def data_label(data):
     return f"data in {data}" if data else "generated tasks, not the official ones"
 
 
+def label(cfg, between=" by "):
+    """What a run's method is called wherever results are shown: OPID is told apart by who analyses."""
+    return cfg.method if cfg.analyser == "none" else f"{cfg.method}{between}{cfg.analyser}"
+
+
 def headline(cfg, folder, policy, backend):
     """What is printed at the start of a run."""
     size = sum(p.numel() for p in policy.model.parameters()) / 1e6
-    return (f"{cfg.method} on {cfg.env} ({data_label(cfg.data)}), model {cfg.model} ({size:.2f}M parameters), "
+    return (f"{label(cfg)} on {cfg.env} ({data_label(cfg.data)}), model {cfg.model} ({size:.2f}M parameters), "
             f"{policy.device}, run folder {folder}\n{backend} kernels: log-probs within "
             f"{policy.fused_error:.1e} of the model's own")
 
@@ -356,12 +361,12 @@ def draw_curve(run, cfg):
               "eval/success": (f"{tasks}, T={cfg.eval_temperature:g}", dict(color="C0", marker="o")),
               "eval/greedy_success": (f"{tasks}, greedy", dict(color="C1", marker="s"))}
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    for name, (label, style) in curves.items():
+    for name, (title, style) in curves.items():
         points = [(entry["step"], entry[name]) for entry in entries if isinstance(entry.get(name), float | int)]
         if points:
-            axes.plot(*zip(*points), label=label, **style)
+            axes.plot(*zip(*points), label=title, **style)
     axes.set(xlabel="step", ylabel="success rate", ylim=(0, 1),
-             title=f"{cfg.method} on {cfg.env} ({data_label(cfg.data)})".replace("$", r"\$"))  # no mathematics
+             title=f"{label(cfg)} on {cfg.env} ({data_label(cfg.data)})".replace("$", r"\$"))  # no mathematics
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")

@@ -1,4 +1,4 @@
-"""Tests of eval.py: intervals and tests of differences, the evaluation set's hash, comparison, command line."""
+"""Tests of eval.py: summaries and differences, the evaluation set's hash, comparison, curves, servers, command line."""
 
 import dataclasses
 import json
@@ -10,7 +10,8 @@ import pytest
 import eval as evaluation
 import sdar
 from conftest import config, flags, refused
-from lib import checkpoints, folders
+from lib import checkpoints, folders, results
+from lib.statistics import bootstrap, wilson
 
 
 def outcome(task_id, won, **changes):
@@ -18,37 +19,11 @@ def outcome(task_id, won, **changes):
             "invalid": 1, "done": True} | changes
 
 
-def test_wilson_intervals_agree_with_known_ones_and_end_1_96_standard_errors_from_the_rate():
-    for successes, n, *known in ((8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)):
-        assert evaluation.wilson(successes, n) == pytest.approx(known, abs=1e-4)
-    for successes, n in ((45, 128), (1, 7), (120, 121)):
-        for end in evaluation.wilson(successes, n):
-            assert abs(successes / n - end) == pytest.approx(1.959964 * (end * (1 - end) / n) ** 0.5, rel=1e-5)
-
-
-def test_a_bootstrap_interval_is_as_wide_as_the_normal_one_repeatable_and_covers_as_often_as_it_says():
-    values = np.random.default_rng(1).normal(0.3, 2.0, size=400)
-    low, high = evaluation.bootstrap(values)
-    half = evaluation.Z * values.std() / 20
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
-    assert evaluation.bootstrap(values) == (low, high)
-    rng = np.random.default_rng(2)
-    intervals = [evaluation.bootstrap(rng.exponential(1.0, size=60)) for _ in range(100)]
-    assert 87 <= sum(low <= 1.0 <= high for low, high in intervals) <= 99
-
-
-def test_mcnemar_is_the_two_sided_binomial_of_the_discordant_tasks():
-    first, second = [1] * 8 + [0] * 2 + [1] * 50, [0] * 8 + [1] * 2 + [1] * 50
-    assert evaluation.mcnemar(first, second) == pytest.approx(2 * (1 + 10 + 45) / 1024)  # 0.109375
-    assert evaluation.mcnemar(second, first) == evaluation.mcnemar(first, second)
-    assert evaluation.mcnemar([1, 0, 1], [1, 0, 1]) == evaluation.mcnemar([1, 0], [0, 1]) == 1.0
-
-
 def test_a_summary_has_a_line_for_each_type_and_one_for_all():
     outcomes = [outcome(0, True, turns=3, invalid=0), outcome(1, False, score=0.5, turns=5, invalid=2),
                 outcome(2, False, task_type="rugs", turns=8, invalid=8, done=False)]
-    table = evaluation.summarise(outcomes)
-    assert list(table) == ["lamps", "rugs", "all"] and table["lamps"]["success_interval"] == evaluation.wilson(1, 2)
+    table = results.summarise(outcomes)
+    assert list(table) == ["lamps", "rugs", "all"] and table["lamps"]["success_interval"] == wilson(1, 2)
     hand = {"n": [2, 1, 3], "success": [1 / 2, 0, 1 / 3], "score": [0.75, 0, 0.5], "turns": [4, 8, 16 / 3],
             "invalid": [2 / 8, 1, 10 / 16], "unfinished": [0, 1, 1 / 3]}
     for name, values in hand.items():
@@ -58,27 +33,27 @@ def test_a_summary_has_a_line_for_each_type_and_one_for_all():
 def test_repeats_are_pooled_by_task_so_that_they_do_not_count_as_new_tasks():
     won = [i % 2 == 0 for i in range(40)]
     once = [outcome(i, w) for i, w in enumerate(won)]
-    line = evaluation.describe([outcome(i, w, repeat=r) for r in range(4) for i, w in enumerate(won)])
+    line = results.describe([outcome(i, w, repeat=r) for r in range(4) for i, w in enumerate(won)])
     assert (line["n"], line["episodes"], line["success"]) == (40, 160, 0.5)
-    assert line["score_interval"] == evaluation.describe(once)["score_interval"]
-    assert line["success_interval"] == evaluation.bootstrap(won)
-    never = evaluation.describe([outcome(i, False, repeat=r) for r in range(2) for i in range(10)])
-    assert never["success_interval"] == evaluation.wilson(0, 10)  # a rate of zero has a width too
+    assert line["score_interval"] == results.describe(once)["score_interval"]
+    assert line["success_interval"] == bootstrap(won)
+    never = results.describe([outcome(i, False, repeat=r) for r in range(2) for i in range(10)])
+    assert never["success_interval"] == wilson(0, 10)  # a rate of zero has a width too
 
 
 def test_outcomes_are_paired_by_task_whatever_their_order_and_repeats_have_no_mcnemar():
     first, second = ([outcome(i, i < 6) for i in order] for order in (range(12), reversed(range(12))))
-    result = evaluation.difference(first, second)["success"]
+    result = results.difference([first], [second])["success"]
     assert (result["difference"], result["interval"], result["p"]) == (0, (0, 0), 1)
     twice = [outcome(i, i < 6, repeat=r) for i in range(12) for r in range(2)]
-    assert {evaluation.difference(other, twice)["success"]["p"] for other in (first, twice)} == {None}
+    assert {results.difference([other], [twice])["success"]["p"] for other in (first, twice)} == {None}
 
 
 def test_four_tasks_won_more_out_of_many_are_no_difference_although_the_bootstrap_excludes_zero():
     base, better, much = ([outcome(i, i < wins) for i in range(128)] for wins in (60, 64, 80))
-    result = evaluation.difference(better, base)["success"]
+    result = results.difference([better], [base])["success"]
     assert result["interval"][0] > 0 and result["p"] == 0.125 and not result["shown"]
-    result = evaluation.difference(much, base)["success"]
+    result = results.difference([much], [base])["success"]
     assert result["shown"] and result["p"] == pytest.approx(2 / 2 ** 20)
 
 
@@ -108,14 +83,16 @@ def test_the_evaluation_set_is_in_every_process_the_one_that_results_were_measur
     assert evaluation.evaluation_set_hash(env, sdar.evaluation_tasks(cfg, env)).startswith(known)
 
 
-def result_file(path, won, digest="a" * 64, conditions=("without",), **settings):
-    outcomes = [outcome(i, w) for i, w in enumerate(won)]
+def result_file(path, *repeats, digest="a" * 64, conditions=("without",), run=None, **settings):
+    """repeats: won or lost of each task."""
+    won = repeats[0]
+    outcomes = [outcome(i, w, repeat=r) for r, some in enumerate(repeats) for i, w in enumerate(some)]
     path.write_text(json.dumps({
         "format": evaluation.FORMAT, "model": path.stem, "evaluation_set": digest, "conditions": conditions,
-        "sampling": {"split": "val", "tasks": len(won), "repeats": 1, "seed": 0, "temperature": 0.0},
+        "sampling": {"split": "val", "tasks": len(won), "repeats": len(repeats), "seed": 0, "temperature": 0.0},
         "config": dataclasses.asdict(sdar.make_config({"model": "tiny"} | settings)),
-        "outcomes": dict.fromkeys(conditions, outcomes),
-        "summary": dict.fromkeys(conditions, evaluation.summarise(outcomes))}))
+        "outcomes": dict.fromkeys(conditions, outcomes), **({"run": run} if run else {}),
+        "summary": dict.fromkeys(conditions, results.summarise(outcomes))}))
     return str(path)
 
 
@@ -124,12 +101,49 @@ def test_a_comparison_gives_settings_difference_interval_and_p_per_shared_condit
     b = result_file(tmp_path / "b.json", [1] * 10 + [0] * 30, max_turns=6)
     assert evaluation.main(["--compare", a, b]) == 0
     text = capsys.readouterr().out
-    assert "A - B, without skills (success 0.750 and 0.250)" in text and "with skills in the prompt" not in text
-    assert "+0.500" in text and "p 1.91e-06 (McNemar)  a difference" in text and "no difference shown" not in text
+    assert "B - A, without skills, paired by task\n" in text and "with skills in the prompt" not in text
+    assert "  A   0.750 [0.598, 0.858]" in text and "  B   0.250 [0.142, 0.402]" in text
+    assert "-0.500" in text and "p 1.91e-06 (McNemar)  a difference; 80 % power for it: 9 tasks\n" in text
+    assert "no difference shown" not in text
     assert "generated tasks, not the official ones" in text and "greedy" in text
     assert "settings that differ, A | B: model a | b, conditions" in text and ", max_turns 8 | 6\n" in text
     a, b = result_file(tmp_path / "a.json", [1, 0] * 20), result_file(tmp_path / "b.json", [0, 1] * 20)
-    assert evaluation.main(["--compare", a, b]) == 0 and capsys.readouterr().out.count("no difference shown") == 2
+    assert evaluation.main(["--compare", a, b]) == 0 and capsys.readouterr().out.count("no difference shown\n") == 2
+
+
+def test_results_of_several_seeds_are_compared_by_method_over_tasks_and_seeds(tmp_path, capsys):
+    def trained(name, rate, seed, **settings):
+        won = np.random.default_rng(seed).random((2, 60)) < np.linspace(0, 2 * rate, 60)
+        run = {"method": name, "seed": seed, "step": 30, "sdar_coef": 0.01, "lr": 1e-4} | settings
+        return result_file(tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}.json", *won.tolist(), run=run)
+
+    grpo, sdar_low = ([trained(name, rate, seed) for seed in range(4)] for name, rate in (("grpo", 0.3), ("sdar", 0.6)))
+    other = [trained("sdar", 0.3, seed, sdar_coef=1.0) for seed in (5, 6)]
+    assert evaluation.main(["--compare", *grpo, *sdar_low, *other]) == 0
+    text = capsys.readouterr().out
+    assert "\ngrpo, training seeds 0, 1, 2, 3, on webshop (gen" in text and "\nsdar, training seeds 5, 6, on" in text
+    assert "| B: training method grpo | sdar\n" in text
+    assert "| C: training method grpo | sdar, training sdar_coef 0.01 | 1.0\n" in text
+    assert "B - A, without skills, paired by task and seed\n" in text and "D  " not in text
+    assert "C - A, without skills, paired by task\n" in text
+    assert text.count("pass@2 ") == text.count("pass^2 ") == 3 and "pass@3" not in text
+    first, second = text.split("paired by task")[1:]
+    assert first.splitlines()[1].split("]  ")[1].startswith("a difference; 80 % power for it: ") and "seeds" in first
+    assert "no difference shown; 80 % power for it: " in second.splitlines()[1]
+    assert evaluation.main(["--compare", grpo[0], grpo[0], *other]) == 0  # the same seed twice is no second seed
+    text = capsys.readouterr().out
+    assert f"B  {grpo[0]}:\n" in text and "C  " in text and "says nothing of other seeds" in text
+
+
+def test_a_run_stands_for_the_result_of_its_last_evaluated_checkpoint(run_folder, tmp_path, capsys):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    refused(evaluation.main, ["--compare", str(run), str(run)], "checkpoint-0 makes one", capsys)
+    result_file(run / "checkpoint-0" / "eval.json", [1, 0, 1])
+    for folder in (run, run / "checkpoint-0"):
+        assert results.result_path(folder) == run / "checkpoint-0" / "eval.json"
+    shutil.copytree(run / "checkpoint-0", run / "checkpoint-20")
+    shutil.copytree(run / "checkpoint-0", run / "checkpoint-100", ignore=shutil.ignore_patterns("eval.json"))
+    assert results.result_path(run) == run / "checkpoint-20" / "eval.json"
 
 
 @pytest.mark.parametrize("content, why", [

@@ -1,0 +1,170 @@
+"""A model behind an OpenAI-compatible server, POST /v1/chat/completions: vllm, transformers serve, or a hosted one.
+
+Whatever goes wrong there is counted and reported, and ends nothing, unless the first request fails or the server stops
+answering. The key comes from OPENAI_API_KEY; no file and no message shows it.
+"""
+
+import http.client
+import json
+import re
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import Counter
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from lib.program import UserError, without_secrets
+from lib.retrieval import NoRedirect, TimedHandler, is_this_host, retry_after, split_address
+
+TIMEOUT = 120.0  # seconds for one try
+TRIES = 4  # of a request, if the server is busy, does not answer in time, or answers something else
+PAUSE = 1.0  # seconds before the second try, then twice as many each time, or as many as the server asks for
+LONGEST_PAUSE = 30.0
+PARALLEL = 16  # requests at a time
+GIVE_UP = 20  # requests in a row that have failed: then nothing works any more
+ANSWER_LIMIT = 1 << 20  # bytes
+BUSY = (408, 409, 425, 429)  # worth another try, as every status from 500 on
+
+# Stands in for lib.models.Chat, since template and tokenizer are the server's: a text is one token.
+PLAIN_CHAT = SimpleNamespace(encode=lambda text: (text,), prompt=lambda text: (text,), tokenizer=SimpleNamespace(
+    decode="".join, convert_ids_to_tokens=list))
+
+
+class Answer(NamedTuple):
+    text: str
+    stop: str  # end, length, or error: there was no answer
+
+
+class Failure(Exception):
+    """A try without an answer. kind: for counting; again: whether another may help; wait: seconds that the server asks
+    for, or None."""
+
+    def __init__(self, kind, text, again=True, wait=None):
+        super().__init__(text)
+        self.kind, self.again, self.wait = kind, again, wait
+
+
+class Endpoint:
+    """The model of this name at url: http://host:8000, its /v1, or the whole address of chat/completions.
+
+    key: bearer token, or None. max_tokens: limit of an answer. parallel: requests at a time. timeout: seconds for a
+    try. Redirects are not followed; this machine is reached without a proxy. Raises UserError for an address or a key
+    that cannot be used.
+    """
+
+    def __init__(self, url, model, key=None, *, max_tokens, parallel=PARALLEL, timeout=TIMEOUT, pause=PAUSE):
+        try:
+            parts = split_address(url)
+        except ValueError as error:
+            raise UserError("--endpoint must be an address like http://127.0.0.1:8000/v1.") from error
+        if parts.username is not None:
+            raise UserError("--endpoint takes no user and password: put the key into OPENAI_API_KEY.")
+        if key and not (key.isascii() and key.isprintable()):
+            raise UserError("OPENAI_API_KEY has characters that no key has, such as a line break: set it anew.")
+        path = (parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1") + "/chat/completions"
+        self.url = parts._replace(path=urllib.parse.quote(path, safe="/%")).geturl()
+        self.shown, self.model, self.key, self.chat = without_secrets(self.url), model, key, PLAIN_CHAT
+        self.max_tokens, self.parallel, self.timeout, self.pause = max_tokens, parallel, timeout, pause
+        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        proxies = [urllib.request.ProxyHandler({})] if is_this_host(parts.hostname) else []
+        self.opener = urllib.request.build_opener(TimedHandler, NoRedirect, *proxies)
+        self.counts, self.failed_in_a_row, self.last_failure, self.lock = Counter(), 0, "", threading.Lock()
+
+    def probe(self):
+        """Asks once, so that a wrong address, key or model is noticed before anything is played. Raises UserError."""
+        if self.answer("Hello", 0.0, 0, tries=1).stop == "error":
+            raise UserError(f"{self.shown} does not answer as {self.model!r}: {self.last_failure}.")
+        self.counts.clear()
+
+    def ask(self, prompts, temperature, seeds):
+        """User messages, and a seed for each, which the server may ignore -> an Answer each. Raises UserError once
+        GIVE_UP requests in a row have failed."""
+        answers, jobs = [Answer("", "error")] * len(prompts), iter(range(len(prompts)))
+
+        def work():
+            while self.failed_in_a_row < GIVE_UP and (number := next(jobs, None)) is not None:
+                answers[number] = self.answer(prompts[number], temperature, seeds[number])
+
+        # no executor: the end of the program would wait for its threads, and so Ctrl-C for every answer
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self.parallel, len(prompts)))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.failed_in_a_row >= GIVE_UP:
+            raise UserError(f"{self.shown} has stopped answering ({GIVE_UP} requests in a row failed, the last one: "
+                            f"{self.last_failure}): see to the server, then start the evaluation anew.")
+        return answers
+
+    def answer(self, prompt, temperature, seed, tries=TRIES):
+        """One request, tried again where that may help -> Answer."""
+        body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": whole(prompt)}], "seed": seed,
+                           "max_tokens": self.max_tokens, "temperature": temperature}).encode()
+        for number in range(tries):
+            try:
+                answer = self.attempt(body)
+            except Failure as failure:
+                if failure.again and number + 1 < tries:
+                    self.note(f"tried again ({failure.kind})")
+                    wait = self.pause * 2 ** number if failure.wait is None else max(failure.wait, 0.0)
+                    time.sleep(min(wait, LONGEST_PAUSE))
+                    continue
+                self.note(f"given up ({failure.kind})", self.failed_in_a_row + 1, str(failure))
+                return Answer("", "error")
+            self.note("answered", 0)
+            return answer
+
+    def note(self, what, failed_in_a_row=None, failure=None):
+        with self.lock:
+            self.counts[what] += 1
+            self.failed_in_a_row = self.failed_in_a_row if failed_in_a_row is None else failed_in_a_row
+            self.last_failure = failure or self.last_failure
+
+    def attempt(self, body):
+        """One try -> Answer. Raises Failure."""
+        request = urllib.request.Request(self.url, body, self.headers)
+        request.deadline = time.monotonic() + self.timeout
+        try:
+            with self.opener.open(request, timeout=self.timeout) as reply:
+                data = reply.read(ANSWER_LIMIT + 1)
+                if len(data) > ANSWER_LIMIT:
+                    raise Failure("too long", f"an answer of more than {ANSWER_LIMIT} bytes", again=False)
+                if reply.length:  # bytes that were announced and did not come
+                    raise http.client.IncompleteRead(data, reply.length)
+        except urllib.error.HTTPError as error:
+            again = error.code in BUSY or error.code >= 500
+            raise Failure(f"status {error.code}", f"status {error.code}{self.words_of(error)}", again,
+                          retry_after(error.headers)) from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            kind = "timed out" if isinstance(reason, TimeoutError) else "connection failed"
+            raise Failure(kind, str(reason).strip() or kind) from error
+        return read_answer(data)
+
+    def words_of(self, error):
+        """What the server says of an error status, without the key, after a comma; or nothing."""
+        try:
+            with error:
+                said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
+        except (OSError, http.client.HTTPException):
+            return ""
+        return f", {said.replace(self.key, '***') if self.key else said}" if said else ""
+
+
+def read_answer(data):
+    """The bytes of a chat completion -> Answer. A thought that the server has taken out is put back. Raises Failure."""
+    try:
+        choice = json.loads(data)["choices"][0]
+        message, stop = choice["message"], "length" if choice.get("finish_reason") == "length" else "end"
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        return Answer(whole((f"<think>{thought}</think>" if thought else "") + (message.get("content") or "")), stop)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Failure("no chat completion", f"the answer is not a chat completion ({type(error).__name__})") from error
+
+
+def whole(text):
+    """text without halves of surrogate pairs, which are no characters."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)

@@ -1,0 +1,225 @@
+"""What tools/study.py reports of its runs: measures of a learning curve, statistics over seeds, tables, a picture.
+
+A record is what results/study.json holds of a run: part, env, arm, seed, flags, evaluation [[step, success], ...], ...
+Environments and arms keep the order in which the records come.
+"""
+
+import itertools
+import math
+from collections import defaultdict
+
+from lib import statistics
+from lib.program import write_atomically
+from lib.runs import mean
+
+MARKS = "<!-- study: begin -->", "<!-- study: end -->"  # around the generated part of a page
+NAMES = {"webshop": "WebShop", "alfworld": "ALFWorld", "search": "Search-QA"}
+CONTROLS = ("no_gate_1", "no_skill_1", "shuffled_1", "other_1")
+COLORS = {"grpo": "black", "gigpo": "#e69f00", "sdar_0.01": "#56b4e9", "sdar_1": "#0072b2", "rkl_1": "#009e73",
+          "opid_1": "#cc79a7", "no_gate_1": "#d55e00"}  # arms whose curves are drawn, readable by colour-blind people
+# From grpo's figures before the study: search half-way to its end with full batches, alfworld just below its end.
+THRESHOLDS = {"webshop": 0.5, "search": 0.3, "alfworld": 0.3}
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+def area(curve, threshold=None):
+    """Area under [[step, success], ..] by the trapezoid rule, over the length of the run: in [0, 1]."""
+    total = sum((b - a) * (y + z) / 2 for (a, y), (b, z) in itertools.pairwise(curve))
+    return total / (curve[-1][0] - curve[0][0])
+
+
+def final(curve, threshold=None):
+    return curve[-1][1]
+
+
+def steps_to(curve, threshold):
+    """The step at which a curve first reaches the threshold, on straight lines between its evaluations; if it never
+    does its last step, a lower bound."""
+    if curve[0][1] >= threshold:
+        return curve[0][0]
+    for (a, y), (b, z) in itertools.pairwise(curve):
+        if z >= threshold:
+            return a + (threshold - y) / (z - y) * (b - a)
+    return curve[-1][0]
+
+
+MEASURES = {  # function, its words, digits shown
+    "area": (area, "Area under the evaluation curve", 3),
+    "final": (final, "Success after the last step", 3),
+    "steps": (steps_to, "Steps until success reaches {threshold}; a run that never does counts with its length", 1)}
+
+
+def curves_by_regime(records):
+    """-> {(part, environment): {arm: {seed: evaluation curve}}} of the runs that did not fail."""
+    found = {}
+    for one in records:
+        if "error" not in one:
+            arms = found.setdefault((one["part"], one["env"]), {})
+            arms.setdefault(one["arm"], {})[one["seed"]] = one["evaluation"]
+    return found
+
+
+def summary(records):
+    """-> rows {part, env, measure, arm, seeds, reached, mean, low, high}, and of an arm beside grpo's {pairs,
+    difference, difference_low, difference_high, p, p_sign_flip, p_holm, verdict}.
+
+    reached: seeds that reach the threshold. Intervals are Student's over seeds, of 95 %; differences are paired by
+    seed; Holm's p allows for all arms that are compared with grpo in one environment, part and measure.
+    """
+    return [row for (part, env), curves in curves_by_regime(records).items() for measure in MEASURES
+            for row in compare(part, env, measure, curves)]
+
+
+def compare(part, env, measure, curves):
+    """The rows of one regime and measure; curves: {arm: {seed: evaluation curve}}."""
+    threshold, function, rows = THRESHOLDS[env], MEASURES[measure][0], []
+    values = {arm: {seed: function(curve, threshold) for seed, curve in by_seed.items()}
+              for arm, by_seed in curves.items()}
+    for arm, by_seed in values.items():
+        center, low, high = statistics.t_interval(list(by_seed.values()))
+        reached = sum(max(success for _, success in curve) >= threshold for curve in curves[arm].values())
+        rows.append({"part": part, "env": env, "measure": measure, "arm": arm, "seeds": len(by_seed),
+                     "reached": reached, "mean": center, "low": low, "high": high})
+        seeds = sorted(by_seed.keys() & values.get("grpo", {}).keys())
+        if arm != "grpo" and seeds:
+            rows[-1] |= against([by_seed[seed] for seed in seeds], [values["grpo"][seed] for seed in seeds])
+    tested = [row for row in rows if "p" in row]
+    for row, p in zip(tested, statistics.holm([row["p"] for row in tested])):
+        row |= {"p_holm": p, "verdict": "a difference" if p < 0.05 else "no difference shown"}
+    return rows
+
+
+def against(values, grpo):
+    """The comparison of an arm's values with grpo's, of the same seeds in the same order."""
+    difference, low, high, p = statistics.paired_t(values, grpo)
+    return {"pairs": len(values), "difference": difference, "difference_low": low, "difference_high": high, "p": p,
+            "p_sign_flip": statistics.sign_flip_p([a - b for a, b in zip(values, grpo)])}
+
+
+# --------------------------------------------------------------------------------------------------- lines and tables
+
+def line(one):
+    """A record in one line."""
+    name = f"{one['part']} {one['env']} {one['arm']} seed {one['seed']}"
+    if "error" in one:
+        return f"{name}: FAILED: {one['error']}"
+    curve = " ".join(f"{success:.2f}" for _, success in one["evaluation"])
+    return (f"{name}: training success {mean(one['training']):.3f}" + f", evaluation {curve}" * bool(curve)
+            + f" ({one['seconds']} s)")
+
+
+def rates(records):
+    """Training success by regime and learning rate, of all steps and of the last quarter, a line each."""
+    found = defaultdict(list)
+    for one in records:
+        if "error" not in one:
+            found[f"{one['part']} {one['env']} {one['arm']}"].append(one["training"])
+    return "\n".join(
+        f"{name}: training success {mean(map(mean, curves)):.3f}, last quarter "
+        f"{mean(mean(curve[-math.ceil(len(curve) / 4):]) for curve in curves):.3f} ({len(curves)} seeds)"
+        for name, curves in found.items())
+
+
+def insert(text, page):
+    """Puts text between the marks of a page, or into a new page."""
+    before, _, rest = (page.read_text(encoding="utf-8") if page.exists() else "").partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2] or "\n"
+    write_atomically({page: f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}"})
+
+
+def tables(records):
+    """The generated part of docs/study.md."""
+    texts = []
+    for (part, env), curves in curves_by_regime(records).items():
+        texts.append(f"### Part {part}, {NAMES[env]}\n\n{regime_text(part, env, records)}")
+        for measure, (_, words, digits) in MEASURES.items():
+            rows = compare(part, env, measure, curves)
+            texts.append(f"{words.format(threshold=THRESHOLDS[env])}:\n\n{table(rows, measure == 'steps', digits)}")
+    texts += [line(one) for one in records if "error" in one]
+    return "\n\n".join(texts)
+
+
+def regime_text(part, env, records):
+    """A regime in words: its size, its share of zero-variance groups, what its runs took."""
+    runs = [one for one in records if (one["part"], one["env"]) == (part, env) and "error" not in one]
+    flags, groups = runs[0]["flags"], [one["zero_variance"] for one in runs if one["arm"] == "grpo"]
+    poor = f"; {mean(groups):.0%} of grpo's groups have zero variance" if groups else ""
+    return (f"{flags['tasks']} tasks x {flags['group_size']} episodes, {flags['steps']} steps, learning rate "
+            f"{flags['lr']:g}{poor}. {len(runs)} runs, {mean(one['seconds'] for one in runs):.0f} s each.")
+
+
+def table(rows, with_reached, digits):
+    """Markdown; rows: of one regime and measure."""
+    heads = ["arm", "seeds", *["reached"] * with_reached, "mean [95 %]", "minus grpo [95 %]", "p", "sign-flip p",
+             "Holm's p", "verdict"]
+    lines = [heads, ["---"] * len(heads)]
+    for row in rows:
+        cells = [row["arm"] + " (control)" * (row["arm"] in CONTROLS), row["seeds"]]
+        cells += [row["reached"]] * with_reached
+        cells += [f"{row['mean']:.{digits}f} {interval(row['low'], row['high'], f'.{digits}f')}"]
+        cells += [""] * 5 if "p" not in row else [
+            f"{row['difference']:+.{digits}f} "
+            f"{interval(row['difference_low'], row['difference_high'], f'+.{digits}f')}",
+            *("<0.0001" if row[name] < 1e-4 else f"{row[name]:.4f}" for name in ("p", "p_sign_flip", "p_holm")),
+            f"**{row['verdict']}**" if row["verdict"] == "a difference" else row["verdict"]]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def interval(low, high, shape):
+    return f"[{low:{shape}}, {high:{shape}}]" if math.isfinite(low) else "[one seed]"
+
+
+# ------------------------------------------------------------------------------------------------------------- picture
+
+def draw(records, path):
+    """A row of panes per regime: curves of some arms with 95 % bands over seeds; all arms' differences from grpo."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    regimes = curves_by_regime(records)
+    heights = [max(3.0, 0.8 + 0.19 * len(curves)) for curves in regimes.values()]
+    figure, panes = pyplot.subplots(len(regimes), 3, figsize=(13, sum(heights) + 0.3), squeeze=False,
+                                    layout="constrained", height_ratios=heights)
+    for ((part, env), curves), (left, *right) in zip(regimes.items(), panes):
+        draw_curves(left, curves, f"Part {part}, {NAMES[env]}")
+        for pane, measure in zip(right, ("area", "final")):
+            rows = [row for row in compare(part, env, measure, curves) if "p" in row]
+            draw_differences(pane, rows, f"{MEASURES[measure][1]}, minus grpo's")
+    figure.suptitle("Means over seeds with 95 % intervals. Differences are paired by seed; filled: Holm's p < 0.05; "
+                    "grey or dashed: a control.", fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_curves(pane, curves, title):
+    for arm, color in COLORS.items():
+        if arm in curves:
+            lines = list(curves[arm].values())
+            steps, points = [step for step, _ in lines[0]], zip(*([success for _, success in line] for line in lines))
+            centers, lows, highs = zip(*map(statistics.t_interval, points))
+            pane.plot(steps, centers, "--" if arm in CONTROLS else "-", color=color, marker="o", ms=3,
+                      label=f"{arm}, {len(lines)} seed{'s' * (len(lines) > 1)}")
+            if len(lines) > 1:
+                pane.fill_between(steps, lows, highs, color=color, alpha=0.12, lw=0)
+    pane.set(xlabel="training step", ylabel="success on unseen tasks, T=0.4")
+    pane.set_ylim(0, min(1, pane.get_ylim()[1]))
+    pane.set_title(title, fontsize="medium", fontweight="bold")
+    pane.xaxis.get_major_locator().set_params(integer=True)
+    pane.grid(alpha=0.3)
+    pane.legend(fontsize="x-small")
+
+
+def draw_differences(pane, rows, title):
+    """A line per arm, with its 95 % interval: filled where Holm's p is below 0.05, grey for a control."""
+    pane.axvline(0, color="0.6", lw=1)
+    for height, row in enumerate(rows):
+        color = "0.5" if row["arm"] in CONTROLS else "#0072b2"
+        if math.isfinite(row["difference_low"]):
+            pane.plot([row["difference_low"], row["difference_high"]], [height, height], color=color, lw=1.5)
+        pane.plot(row["difference"], height, "o", color=color, mfc=color if row["p_holm"] < 0.05 else "white", ms=5)
+    pane.set_yticks(range(len(rows)), [row["arm"] for row in rows], fontsize="small")
+    pane.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    pane.set_title(title, fontsize="small")
+    pane.grid(axis="x", alpha=0.3)
