@@ -170,8 +170,7 @@ class Config:
     human_goals: bool = option(False, "webshop: instructions written by people instead of synthetic ones")
     retriever: str | None = option(None, "search: a retriever's address; default: our own search", resume=True)
     max_turns: int = option(envs.MAX_TURNS["webshop"], "turns after which an episode ends", at_least=1)
-    env_timeout: float = option(60.0, "seconds after which an environment's answer is given up, 0 for never",
-                                at_least=0, resume=True)
+    env_timeout: float = option(60.0, "seconds that an environment may take, 0: any time", at_least=0, resume=True)
     history: int = option(2, "earlier turns shown in a prompt", at_least=0)
     history_observations: bool = option(True, "show the observations of earlier turns, not only the actions")
     reward: str = option("won", "return of an episode: 10 if won, or 10 x the graded score", choices=("won", "score"))
@@ -183,14 +182,11 @@ class Config:
     tasks: int = option(16, "tasks per step", group="rollout", at_least=1)
     group_size: int = option(8, "episodes per task, which are compared with each other", at_least=2, at_most=4096)
     temperature: float = option(1.0, "sampling temperature in training; log-probs use it too", above=0)
-    max_prompt_tokens: int = option(4096, "limit of a student prompt; a teacher prompt may be longer by its skills",
-                                    at_least=1, resume=True)
+    max_prompt_tokens: int = option(4096, "limit of a prompt; skills come on top of it", at_least=1, resume=True)
     max_response_tokens: int = option(512, "limit of a response", at_least=1, resume=True)
     rollout_batch: int = option(128, "responses generated side by side", at_least=1, resume=True)
-    method: str = option("sdar", "values of the settings below: METHODS in sdar.py", group="algorithm",
-                         choices=tuple(METHODS))
-    preset: str = option("none", "official: as the released code does it (README, Deviations)",
-                         choices=("none", "official"))
+    method: str = option("sdar", "a row of METHODS in sdar.py", group="algorithm", choices=tuple(METHODS))
+    preset: str = option("none", "official: as the released code does it (README)", choices=("none", "official"))
     clip: float = option(0.2, "e of eq. (2)", above=0)
     dual_clip: float = option(3.0, "bound on the loss of negative advantages, eq. (2)", at_least=1)
     pg_coef: float = option(1.0, "weight of L_pg in eq. (5); 0: distillation alone", at_least=0)
@@ -220,21 +216,19 @@ class Config:
     skills: str | None = option(None, "folder with general.md and a file per task type, default: data/skills/<env>; or "
                                 "a control: its words shuffled, or the other text, of another task type")
     student_skills: bool = option(False, "show the skills to the student while it trains")
-    gigpo_weight: float = option(0.0, "weight of GiGPO's step advantages", at_least=0)
+    gigpo_weight: float = option(0.0, "weight of GiGPO's step advantages", group="other methods", at_least=0)
     gigpo_gamma: float = option(0.95, "discount of their returns", at_least=0, at_most=1)
     gigpo_std: bool = option(False, "divide them by their group's standard deviation, too")
     rlsd_mix: float = option(0.0, "share of RLSD's token weights in the advantage", at_least=0, at_most=1)
     rlsd_clip: float = option(0.2, "how far a token weight may be from 1", at_least=0, at_most=1)
     rlsd_decay: int = option(100, "steps in which that share falls linearly to 0, 0: never", at_least=0)
-    analyser: str = option("none", "who writes OPID's hindsight skills: rules of the environment, or the policy",
-                           choices=("none", "rules", "policy"))
+    analyser: str = option("none", "who writes OPID's hindsight skills", choices=("none", "rules", "policy"))
     opid_episode_weight: float = option(0.0, "weight of the gap under an episode's skill in the advantage", at_least=0)
     opid_step_weight: float = option(0.0, "weight of the gap under a step's skill in the advantage", at_least=0)
     steps: int = option(150, "training steps", group="optimisation", at_least=0, resume=True)
     lr: float = option(1e-6, "learning rate", at_least=0)
     warmup: int = option(0, "steps of linear warm-up", at_least=0)
-    lr_schedule: str = option("constant", "after the warm-up: constant, or linear to 0 at the end of --steps",
-                              choices=("constant", "linear"))
+    lr_schedule: str = option("constant", "after the warm-up; linear: to 0 at the end", choices=("constant", "linear"))
     weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = option(1.0, "gradient norm clip", above=0)
     micro_tokens: int = option(4096, "student tokens per micro-batch, with padding", at_least=1, resume=True)
@@ -243,8 +237,8 @@ class Config:
     eval_every: int = option(10, "steps between evaluations, 0: none", group="evaluation", at_least=0, resume=True)
     eval_split: str = option("val", "split of the evaluation set, or several; alfworld: valid_seen,valid_unseen")
     eval_tasks: int = option(128, "tasks in the evaluation set, drawn by task type; 0 for the whole split", at_least=0)
-    eval_temperature: float = option(0.4, "temperature of the sampled evaluation; a greedy one is run beside it",
-                                     at_least=0)
+    eval_temperature: float = option(0.4, "temperature of the sampled evaluation", at_least=0)
+    eval_start: bool = option(True, "evaluate before the first step, too", resume=True)
     eval_greedy: bool = option(True, "play the evaluation set greedily, too", resume=True)
     out: str | None = option(None, "run folder; default: the first free of runs/<env>-<method>-<seed>, ...-2, ...-3",
                              group="commands")
@@ -353,7 +347,7 @@ def idle_settings(cfg):
         (cfg.analyser == "none", ("opid_episode_weight", "opid_step_weight"), "--analyser is none"),
         (cfg.updates == 1, ("clip", "dual_clip"), "with --updates 1 every ratio is 1"),
         (cfg.history == 0, ("history_observations",), "--history 0 shows no earlier turn"),
-        (not cfg.eval_every, ("eval_split", "eval_tasks", "eval_temperature", "eval_greedy"), "--eval_every is 0"),
+        (not cfg.eval_every, {n for n in FIELDS if n.startswith("eval_")} - {"eval_every"}, "--eval_every is 0"),
         (cfg.env != "webshop", ("human_goals",), f"{cfg.env} has one kind of goals"),
         (cfg.env != "search", ("retriever",), f"{cfg.env} searches nothing"),
         (cfg.retriever, ("env_timeout",), "a retriever's searches have a deadline of their own"),
@@ -932,12 +926,17 @@ def repeat_tokens(rows, value, device):
 def response_logp(policy, model, rows, cfg, teacher=False):
     """Log-probs of the rows' responses under model, after the student's or the teacher's prompt -> {row: list}."""
     found = {}
-    for micro_batch in micro_batches(rows, cfg.micro_tokens, policy.packs):
-        batch = pack_rows(policy, micro_batch, teacher)
-        logp, _ = kernels.fused_logprob(*head_inputs(policy, model, batch), batch.targets, temperature=cfg.temperature)
-        members = list(itertools.chain(*micro_batch))
+    for members, *head, targets in hidden_states(policy, model, rows, cfg, teacher):
+        logp, _ = kernels.fused_logprob(*head, targets, temperature=cfg.temperature)
         found |= zip(members, split_tokens(members, logp))
     return found
+
+
+def hidden_states(policy, model, rows, cfg, teacher):
+    """Yields (rows, what predicts their tokens [N, D], the head's weight [V, D], targets [N]) of each micro-batch."""
+    for micro_batch in micro_batches(rows, cfg.micro_tokens, policy.packs):
+        batch = pack_rows(policy, micro_batch, teacher)
+        yield list(itertools.chain(*micro_batch)), *head_inputs(policy, model, batch), batch.targets
 
 
 # ----------------------------------------------------------------------------------------------------------- train step
@@ -1126,7 +1125,7 @@ def train(cfg, folder=None, checkpoint=None):
 def learn(policy, optimizer, environments, skills, cfg, run):
     """The algorithm: evaluate if due, rollout, rows, train step, log, save if due."""
     for step in range(run.step, cfg.steps):
-        if cfg.eval_every and step % cfg.eval_every == 0:
+        if cfg.eval_every and step % cfg.eval_every == 0 and (step or cfg.eval_start):
             evaluate(policy, cfg, environments, skills, run)
         start, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
         torch.manual_seed(seed)  # for models that draw numbers of their own

@@ -762,7 +762,8 @@ def find_games(data, split):
 # Search-QA: questions
 # ---------------------------------------------------------------------------------------------------------------------
 
-ROW_FIELDS = ("question", "data_source", "ground_truth", "reward_model", "golden_answers", "env_kwargs", "teacher_prompt")
+ROW_FIELDS = ("question", "data_source", "ground_truth", "reward_model", "golden_answers", "env_kwargs",
+              "teacher_prompt")
 
 
 class Question(NamedTuple):

@@ -60,8 +60,9 @@ def test_the_tables_of_these_tests_name_every_method():
 @pytest.mark.parametrize("method", sdar.METHODS)
 def test_every_method_trains_in_every_environment_and_leaves_metrics_of_its_own(method, env, policy, games):
     weights, metrics = trained(policy, of_method(method, env=env), *games[env], steps=3)
-    assert weights.isfinite().all() and metrics[OWN_METRIC[method]] != (0 if method != "skill_grpo" else None)
-    assert all(math.isfinite(value) for value in metrics.values()) and metrics["skills/missing"] == 0
+    assert weights.isfinite().all() and metrics[OWN_METRIC[method]] != 0
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["skills/missing"] == (method == "skill_grpo")  # these episodes were played without them
 
 
 @pytest.mark.parametrize("method", OWN_WEIGHTS)
@@ -101,12 +102,13 @@ def test_settings_of_methods_that_would_do_nothing_or_contradict_are_refused(wor
     refused(sdar.main, words.split(), culprit, capsys)
 
 
-# ------------------------------------------------------------------------------------------------- where it acts, by whom
+# ----------------------------------------------------------------------------------------------- where it acts, by whom
 
 def test_gigpo_compares_turns_by_what_the_environment_showed_and_pays_at_the_last_turn(games):
     episodes, _ = games["webshop"]
     cfg = of_method("gigpo", gigpo_gamma=0.5, invalid_penalty=0.0)
-    steps = sdar.turn_advantages(cfg, episodes)[0] - sdar.turn_advantages(of_method("grpo", invalid_penalty=0.0), episodes)[0]
+    plain = of_method("grpo", invalid_penalty=0.0)
+    steps = sdar.turn_advantages(cfg, episodes)[0] - sdar.turn_advantages(plain, episodes)[0]
     group, turns = [e.task.group for e in episodes for _ in e.turns], [t for e in episodes for t in e.turns]
     to_go = [10.0 * e.won * 0.5 ** (len(e.turns) - 1 - n) for e in episodes for n in range(len(e.turns))]
     for i, turn in enumerate(turns):
@@ -141,9 +143,10 @@ def test_coefficients_fall_linearly_to_0_and_stay_there():
     assert sdar.scheduled(config(sdar_coef=0.8), 10**6).sdar_coef == 0.8
 
 
-def test_the_averaged_teacher_follows_the_student_slowly_and_a_resumed_run_goes_on_with_it(model_folder, tmp_path):
+def test_the_averaged_teacher_follows_slowly_and_a_resumed_run_goes_on_with_it(model_folder, tmp_path):
     run, straight = tmp_path / "run", tmp_path / "straight"
-    more = {"method": "sdar", "teacher": "ema", "ema": 0.5, "retrieval": "ucb", "eval_every": None, "sdar_coef": 1}
+    more = {"method": "sdar", "teacher": "ema", "ema": 0.5, "retrieval": "ucb", "eval_every": 0, "eval_tasks": None,
+            "sdar_coef": 1}
     assert sdar.main(flags(model_folder, straight, **more)) == 0
     assert sdar.main(flags(model_folder, run, **more | {"steps": 2})) == 0
     state = torch.load(run / "checkpoint-2" / "state.pt", weights_only=True)["more"]
@@ -156,7 +159,7 @@ def test_the_averaged_teacher_follows_the_student_slowly_and_a_resumed_run_goes_
     assert_same_run(run, straight)
 
 
-# ---------------------------------------------------------------------------------------------------------------- skills
+# --------------------------------------------------------------------------------------------------------------- skills
 
 @pytest.mark.parametrize("task, kinds", [
     ("find me a vegan lotion under 30 dollars", ["beauty"]), ("a Bluetooth speaker", ["electronics"]),
@@ -217,7 +220,7 @@ def test_a_task_may_bring_a_text_for_the_teacher_which_stands_where_skills_do(po
     episodes = sdar.rollout(policy, environments, sdar.step_tasks(cfg, environments[0], 0), cfg)
     made, metrics = sdar.make_rows(policy, cfg, episodes, sdar.load_skills(cfg, ("unknown",)))
     shown = {policy.chat.tokenizer.decode(row.teacher_ids) for row in made if row.teacher_ids != row.prompt_ids}
-    assert len(shown) == 1 and rows[0]["teacher_prompt"] in shown.pop() and metrics["skills/missing"] == 0
+    assert shown and all(rows[0]["teacher_prompt"] in prompt for prompt in shown) and metrics["skills/missing"] == 0
     assert sum(row.teacher_ids == row.prompt_ids for row in made) == sum(
         len(e.turns) for e in episodes if e.goal == "When?")
     rows[1]["teacher_prompt"] = 7
@@ -226,9 +229,9 @@ def test_a_task_may_bring_a_text_for_the_teacher_which_stands_where_skills_do(po
         envs.SearchQA(str(tmp_path / "bad.jsonl"), retriever=lambda *_: []).types_of("val")
 
 
-# ------------------------------------------------------------------------------------------------------ hindsight (OPID)
+# ----------------------------------------------------------------------------------------------------- hindsight (OPID)
 
-def test_every_turn_is_scored_under_one_hindsight_skill_and_a_failed_analysis_gives_none(policy, games, monkeypatch):
+def test_each_turn_is_scored_under_one_hindsight_skill_and_under_none_where_it_failed(policy, games, monkeypatch):
     episodes, skills = games["webshop"]
     found = [Analysis("Whole.", {1: "Here."}), None, Analysis("Other.", {}), Analysis("Other.", {0: "First."})]
     monkeypatch.setattr(hindsight, "analyse", lambda *_: found)
@@ -269,6 +272,6 @@ def test_the_policy_is_asked_twice_at_most_and_shown_its_error(policy, games, mo
 
 def test_opid_is_told_apart_by_its_analyser_in_every_output(model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert sdar.main(flags(model_folder, None, method="opid", steps=1, eval_every=None)) == 0
+    assert sdar.main(flags(model_folder, None, method="opid", steps=1, eval_every=0, eval_tasks=None)) == 0
     assert "opid by rules on webshop" in capsys.readouterr().out
     assert lines_of(tmp_path / "runs" / "webshop-opid-rules-0")[0]["opid/analysed"] > 0
