@@ -180,7 +180,8 @@ def evaluate(model, options):
     if len(conditions) == 2:
         summary["with - without"] = results.difference([outcomes["with"]], [outcomes["without"]])
     result = {"format": FORMAT, **settings, "provenance": folders.provenance(sdar.__version__), "summary": summary,
-              "requests": server and server.counts, "episodes": episodes_beside(out).name, "outcomes": outcomes}
+              "requests": server and {"counts": server.counts, "last_failure": server.last_failure},
+              "episodes": episodes_beside(out).name, "outcomes": outcomes}
     results.write_result(out, result, itertools.chain(*(lines for _, lines in played.values())))  # printing may fail
     results.print_summary(result)
     print(f"\nsaved in {out}; read its episodes: python eval.py --show {out} --lost")
@@ -249,6 +250,8 @@ def compare(paths):
             table[name][letter] = results.difference(group.played(name), first[1].played(name), same)
             results.print_difference(f"{letter} - A, {CONDITIONS[name]}, paired by task{' and seed' * same}",
                                      table[name][letter])
+    if len(others) > 1:
+        print(f"\nIntervals and p are not corrected for the {len(others)} comparisons.")
     if any(len(group.seeds) == 1 for group in groups.values()):
         print("\nA single training run says nothing of other seeds: to compare methods, give several runs of each.")
     return table
