@@ -15,6 +15,7 @@
       success +0.695 [+0.617, +0.773]  p 3.23e-27 (McNemar)  a difference; 80 % power for it: 4 tasks
 
     python eval.py --show eval-tiny-webshop.json --lost       what the agent saw and said, turn by turn
+    python eval.py --view runs/webshop-sdar-0                 a page of its episodes, tokens coloured by gap and gate
     python eval.py --compare runs/webshop-grpo-* runs/webshop-sdar-*       results, by method and training seed
     python eval.py --curves runs/webshop-*                    learning curves, by method, with bands over seeds
     python eval.py --endpoint http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-7B-Instruct      a model behind a server
@@ -47,6 +48,7 @@ from lib.program import UserError, check_regular, exit_status
 from lib.results import CONDITIONS, FORMAT, read_result
 from lib.settings import Parser, add_options, changeable, number
 from lib.tasks import evaluation_set_hash
+from lib.viewer import write_page
 
 # ------------------------------------------------------------------------------------------------------- one evaluation
 
@@ -276,6 +278,8 @@ def parse_args(argv):
     what.add_argument("--curves", nargs="+", metavar="RUN", help="draw the learning curves of runs into --out instead, "
                       "seeds of one method as one curve (default curves.png)")
     what.add_argument("--show", metavar="RUN", help="print the episodes of a run's last step, or of a result file")
+    what.add_argument("--view", metavar="RUN", help="make a page to look into a run's episodes, or a result's, instead: "
+                      "one HTML file (default RUN/episodes.html)")
     what.add_argument("--step", type=number(int), metavar="INT", help="with --show: of this training step instead")
     what.add_argument("--lost", action="store_true", help="with --show: only the episodes that were lost")
     what.add_argument("--condition", choices=("both", *CONDITIONS), help="skills in the prompt (default both ways)")
@@ -293,7 +297,7 @@ def parse_args(argv):
     return checked(vars(parser.parse_args(argv)))
 
 
-INSTEAD = {"compare": set(), "curves": {"out"}, "show": {"step", "lost"}}  # of playing, with the options of each
+INSTEAD = {"compare": set(), "curves": {"out"}, "show": {"step", "lost"}, "view": {"out"}}  # of playing, with the options of each
 NEEDS = {"step": "show", "lost": "show", "request_timeout": "endpoint", "served": "endpoint", "endpoint": "served"}
 
 
@@ -311,7 +315,7 @@ def checked(options):
         raise UserError("Give one model: MODEL, which is loaded here, or --endpoint URL --model NAME.")
     if not given & {*INSTEAD, "served", "model"}:
         raise UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-30), --endpoint URL --model NAME, "
-                        "--compare A B, --curves RUN RUN, or --show RUN.")
+                        "--compare A B, --curves RUN RUN, --show RUN, or --view RUN.")
     if options.get("retrieval") == "none":
         raise UserError("--retrieval none shows no skills: use --condition without.")
     if options.get("request_timeout", 1) <= 0:
@@ -329,6 +333,8 @@ def command(argv):
                     {name: sdar.FIELDS[name].default for name in sorted(apart)})
     elif "show" in options:
         show(options["show"], options.get("step"), options.get("lost", False))
+    elif "view" in options:
+        print(f"saved in {write_page(options['view'], options.get('out'))}; open it in a browser")
     else:
         evaluate(options["model"], options)
 
