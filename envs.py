@@ -1107,7 +1107,8 @@ class SearchQA(TextEnv):
 
     data: folder with the official rows, train.* and test.* (or val.*, validation.*, dev.*, the first that is there), as
         .parquet or .jsonl; or one such file, all of it "val". A row has `question` and its answers, as ground_truth
-        {"target": ..}, as the same inside reward_model, or as golden_answers; and maybe `data_source`. None takes the
+        {"target": ..}, as the same inside reward_model, or as golden_answers; and maybe `data_source`, and a text that
+        the teacher alone is shown beside the skills, `teacher_prompt` (info["teacher_prompt"]). None takes the
         generated questions, whose scores are not comparable with those on the official ones.
     retriever: address of a server that answers POST /retrieve, or (query, topk) -> passages, which may raise OSError or
         ValueError where a search fails. None takes BM25 over corpus.jsonl ({"id", "contents"} a line) beside the
@@ -1187,7 +1188,7 @@ class SearchQA(TextEnv):
     def _info(self, *, valid, won):
         return {"task": self.question.text, "task_id": self.task_id, "task_type": self.question.task_type,
                 "admissible": None, "valid": valid, "won": won, "score": float(won), "error": self.error,
-                "retriever_errors": self.errors}
+                "retriever_errors": self.errors, "teacher_prompt": self.question.teacher_prompt}
 
     @property
     def task_types(self):

@@ -15,6 +15,7 @@
       success +0.695 [+0.617, +0.773]  p 3.23e-27 (McNemar)  a difference; 80 % power for it: 4 tasks
 
     python eval.py --show eval-tiny-webshop.json --lost       what the agent saw and said, turn by turn
+    python eval.py --view runs/webshop-sdar-0                 a page of its episodes, tokens coloured by gap and gate
     python eval.py --compare runs/webshop-grpo-* runs/webshop-sdar-*       results, by method and training seed
     python eval.py --curves runs/webshop-*                    learning curves, by method, with bands over seeds
     python eval.py --endpoint http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-7B-Instruct      a model behind a server
@@ -29,6 +30,7 @@ adds noise of its own, and so results of several seeds of a method are resampled
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -46,6 +48,7 @@ from lib.program import UserError, check_regular, exit_status
 from lib.results import CONDITIONS, FORMAT, read_result
 from lib.settings import Parser, add_options, changeable, number
 from lib.tasks import evaluation_set_hash
+from lib.viewer import write_page
 
 # ------------------------------------------------------------------------------------------------------- one evaluation
 
@@ -69,7 +72,7 @@ def evaluation_config(model, explicit):
     if explicit.get("env", run.env) in set(sdar.FIELDS["env"].metadata["choices"]) - {run.env}:
         run = sdar.in_environment(run, explicit["env"])
     cfg = dataclasses.replace(run, **explicit)
-    if cfg.retrieval == "none":  # a run without a teacher, which is to be shown the same skills as the others
+    if cfg.retrieval in ("none", "ucb"):  # no teacher, or one whose choices are not known here: the usual skills
         cfg.retrieval = sdar.Config.retrieval
     # the others decide nothing of an evaluation, or are idle in the run alone
     sdar.validate(cfg, flags.keys() & {"retriever", "history_observations", "human_goals"})
@@ -103,11 +106,11 @@ def play(player, cfg, environments, tasks, repeats, skills, condition):
     for repeat in range(repeats):
         episodes = rollout(player, environments, tasks, cfg, temperature=cfg.eval_temperature, skills=skills,
                            seed=cfg.seed + 1_000_003 * repeat, doing=CONDITIONS[condition])
-        outcomes += [{"task_id": e.task.task_id, "task_type": e.task_type, "repeat": repeat, "won": e.won,
+        outcomes += [{"task_id": e.task.group, "task_type": e.task_type, "repeat": repeat, "won": e.won,
                       "score": e.score, "turns": len(e.turns), "invalid": sum(not t.valid for t in e.turns),
                       "done": e.done, "errors": e.errors} for e in episodes]
-        lines += episode_lines(player.chat, envs.READABLE[cfg.env], episodes, skills=skills, condition=condition,
-                               repeat=repeat)
+        lines += episode_lines(player.chat, envs.READABLE[cfg.env], episodes, condition=condition, repeat=repeat,
+                               skills=skills and functools.partial(sdar.skill_text, skills))
     return outcomes, lines
 
 
@@ -179,7 +182,8 @@ def evaluate(model, options):
     if len(conditions) == 2:
         summary["with - without"] = results.difference([outcomes["with"]], [outcomes["without"]])
     result = {"format": FORMAT, **settings, "provenance": folders.provenance(sdar.__version__), "summary": summary,
-              "requests": server and server.counts, "episodes": episodes_beside(out).name, "outcomes": outcomes}
+              "requests": server and {"counts": server.counts, "last_failure": server.last_failure},
+              "episodes": episodes_beside(out).name, "outcomes": outcomes}
     results.write_result(out, result, itertools.chain(*(lines for _, lines in played.values())))  # printing may fail
     results.print_summary(result)
     print(f"\nsaved in {out}; read its episodes: python eval.py --show {out} --lost")
@@ -248,6 +252,8 @@ def compare(paths):
             table[name][letter] = results.difference(group.played(name), first[1].played(name), same)
             results.print_difference(f"{letter} - A, {CONDITIONS[name]}, paired by task{' and seed' * same}",
                                      table[name][letter])
+    if len(others) > 1:
+        print(f"\nIntervals and p are not corrected for the {len(others)} comparisons.")
     if any(len(group.seeds) == 1 for group in groups.values()):
         print("\nA single training run says nothing of other seeds: to compare methods, give several runs of each.")
     return table
@@ -272,6 +278,8 @@ def parse_args(argv):
     what.add_argument("--curves", nargs="+", metavar="RUN", help="draw the learning curves of runs into --out instead, "
                       "seeds of one method as one curve (default curves.png)")
     what.add_argument("--show", metavar="RUN", help="print the episodes of a run's last step, or of a result file")
+    what.add_argument("--view", metavar="RUN", help="make a page to look into a run's episodes, or a result's, instead: "
+                      "one HTML file (default RUN/episodes.html)")
     what.add_argument("--step", type=number(int), metavar="INT", help="with --show: of this training step instead")
     what.add_argument("--lost", action="store_true", help="with --show: only the episodes that were lost")
     what.add_argument("--condition", choices=("both", *CONDITIONS), help="skills in the prompt (default both ways)")
@@ -289,7 +297,7 @@ def parse_args(argv):
     return checked(vars(parser.parse_args(argv)))
 
 
-INSTEAD = {"compare": set(), "curves": {"out"}, "show": {"step", "lost"}}  # of playing, with the options of each
+INSTEAD = {"compare": set(), "curves": {"out"}, "show": {"step", "lost"}, "view": {"out"}}  # of playing, with the options of each
 NEEDS = {"step": "show", "lost": "show", "request_timeout": "endpoint", "served": "endpoint", "endpoint": "served"}
 
 
@@ -307,7 +315,7 @@ def checked(options):
         raise UserError("Give one model: MODEL, which is loaded here, or --endpoint URL --model NAME.")
     if not given & {*INSTEAD, "served", "model"}:
         raise UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-30), --endpoint URL --model NAME, "
-                        "--compare A B, --curves RUN RUN, or --show RUN.")
+                        "--compare A B, --curves RUN RUN, --show RUN, or --view RUN.")
     if options.get("retrieval") == "none":
         raise UserError("--retrieval none shows no skills: use --condition without.")
     if options.get("request_timeout", 1) <= 0:
@@ -325,6 +333,8 @@ def command(argv):
                     {name: sdar.FIELDS[name].default for name in sorted(apart)})
     elif "show" in options:
         show(options["show"], options.get("step"), options.get("lost", False))
+    elif "view" in options:
+        print(f"saved in {write_page(options['view'], options.get('out'))}; open it in a browser")
     else:
         evaluate(options["model"], options)
 

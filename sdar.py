@@ -50,7 +50,8 @@ import envs
 import kernels
 from lib import agreement, folders, health, hindsight, models, progress, runs
 from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
-from lib.episodes import episode_lines, write_step
+from lib.episodes import episode_lines, note_top, stays, write_step
+from lib.packing import pack
 from lib.program import UserError, describe, exit_status
 from lib.settings import Parser, add_options, changeable, check_value, check_values, option, set_by_hand
 from lib.skills import CONTROLS, STRATEGIES, contains, library, retrieve
@@ -170,8 +171,7 @@ class Config:
     human_goals: bool = option(False, "webshop: instructions written by people instead of synthetic ones")
     retriever: str | None = option(None, "search: a retriever's address; default: our own search", resume=True)
     max_turns: int = option(envs.MAX_TURNS["webshop"], "turns after which an episode ends", at_least=1)
-    env_timeout: float = option(60.0, "seconds after which an environment's answer is given up, 0 for never",
-                                at_least=0, resume=True)
+    env_timeout: float = option(60.0, "seconds that an environment may take, 0: any time", at_least=0, resume=True)
     history: int = option(2, "earlier turns shown in a prompt", at_least=0)
     history_observations: bool = option(True, "show the observations of earlier turns, not only the actions")
     reward: str = option("won", "return of an episode: 10 if won, or 10 x the graded score", choices=("won", "score"))
@@ -183,14 +183,11 @@ class Config:
     tasks: int = option(16, "tasks per step", group="rollout", at_least=1)
     group_size: int = option(8, "episodes per task, which are compared with each other", at_least=2, at_most=4096)
     temperature: float = option(1.0, "sampling temperature in training; log-probs use it too", above=0)
-    max_prompt_tokens: int = option(4096, "limit of a student prompt; a teacher prompt may be longer by its skills",
-                                    at_least=1, resume=True)
+    max_prompt_tokens: int = option(4096, "limit of a prompt; skills come on top of it", at_least=1, resume=True)
     max_response_tokens: int = option(512, "limit of a response", at_least=1, resume=True)
     rollout_batch: int = option(128, "responses generated side by side", at_least=1, resume=True)
-    method: str = option("sdar", "values of the settings below: METHODS in sdar.py", group="algorithm",
-                         choices=tuple(METHODS))
-    preset: str = option("none", "official: as the released code does it (README, Deviations)",
-                         choices=("none", "official"))
+    method: str = option("sdar", "a row of METHODS in sdar.py", group="algorithm", choices=tuple(METHODS))
+    preset: str = option("none", "official: as the released code does it (README)", choices=("none", "official"))
     clip: float = option(0.2, "e of eq. (2)", above=0)
     dual_clip: float = option(3.0, "bound on the loss of negative advantages, eq. (2)", at_least=1)
     pg_coef: float = option(1.0, "weight of L_pg in eq. (5); 0: distillation alone", at_least=0)
@@ -220,21 +217,19 @@ class Config:
     skills: str | None = option(None, "folder with general.md and a file per task type, default: data/skills/<env>; or "
                                 "a control: its words shuffled, or the other text, of another task type")
     student_skills: bool = option(False, "show the skills to the student while it trains")
-    gigpo_weight: float = option(0.0, "weight of GiGPO's step advantages", at_least=0)
+    gigpo_weight: float = option(0.0, "weight of GiGPO's step advantages", group="other methods", at_least=0)
     gigpo_gamma: float = option(0.95, "discount of their returns", at_least=0, at_most=1)
     gigpo_std: bool = option(False, "divide them by their group's standard deviation, too")
     rlsd_mix: float = option(0.0, "share of RLSD's token weights in the advantage", at_least=0, at_most=1)
     rlsd_clip: float = option(0.2, "how far a token weight may be from 1", at_least=0, at_most=1)
     rlsd_decay: int = option(100, "steps in which that share falls linearly to 0, 0: never", at_least=0)
-    analyser: str = option("none", "who writes OPID's hindsight skills: rules of the environment, or the policy",
-                           choices=("none", "rules", "policy"))
+    analyser: str = option("none", "who writes OPID's hindsight skills", choices=("none", "rules", "policy"))
     opid_episode_weight: float = option(0.0, "weight of the gap under an episode's skill in the advantage", at_least=0)
     opid_step_weight: float = option(0.0, "weight of the gap under a step's skill in the advantage", at_least=0)
     steps: int = option(150, "training steps", group="optimisation", at_least=0, resume=True)
     lr: float = option(1e-6, "learning rate", at_least=0)
     warmup: int = option(0, "steps of linear warm-up", at_least=0)
-    lr_schedule: str = option("constant", "after the warm-up: constant, or linear to 0 at the end of --steps",
-                              choices=("constant", "linear"))
+    lr_schedule: str = option("constant", "after the warm-up; linear: to 0 at the end", choices=("constant", "linear"))
     weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = option(1.0, "gradient norm clip", above=0)
     micro_tokens: int = option(4096, "student tokens per micro-batch, with padding", at_least=1, resume=True)
@@ -243,8 +238,8 @@ class Config:
     eval_every: int = option(10, "steps between evaluations, 0: none", group="evaluation", at_least=0, resume=True)
     eval_split: str = option("val", "split of the evaluation set, or several; alfworld: valid_seen,valid_unseen")
     eval_tasks: int = option(128, "tasks in the evaluation set, drawn by task type; 0 for the whole split", at_least=0)
-    eval_temperature: float = option(0.4, "temperature of the sampled evaluation; a greedy one is run beside it",
-                                     at_least=0)
+    eval_temperature: float = option(0.4, "temperature of the sampled evaluation", at_least=0)
+    eval_start: bool = option(True, "evaluate before the first step, too", resume=True)
     eval_greedy: bool = option(True, "play the evaluation set greedily, too", resume=True)
     out: str | None = option(None, "run folder; default: the first free of runs/<env>-<method>-<seed>, ...-2, ...-3",
                              group="commands")
@@ -353,7 +348,7 @@ def idle_settings(cfg):
         (cfg.analyser == "none", ("opid_episode_weight", "opid_step_weight"), "--analyser is none"),
         (cfg.updates == 1, ("clip", "dual_clip"), "with --updates 1 every ratio is 1"),
         (cfg.history == 0, ("history_observations",), "--history 0 shows no earlier turn"),
-        (not cfg.eval_every, ("eval_split", "eval_tasks", "eval_temperature", "eval_greedy"), "--eval_every is 0"),
+        (not cfg.eval_every, {n for n in FIELDS if n.startswith("eval_")} - {"eval_every"}, "--eval_every is 0"),
         (cfg.env != "webshop", ("human_goals",), f"{cfg.env} has one kind of goals"),
         (cfg.env != "search", ("retriever",), f"{cfg.env} searches nothing"),
         (cfg.retriever, ("env_timeout",), "a retriever's searches have a deadline of their own"),
@@ -487,52 +482,8 @@ def check_model(policy, cfg, skills=None):
     return agreement.check_model(policy, cfg.model, longest, try_sampling, try_training)
 
 
-# Rows that share a prompt are packed into one sequence [prompt, response 1, response 2, ...]: the mask lets a response
-# see the prompt and itself, positions restart after the prompt. A group shares its first prompt, often later ones too.
-
-class Pack(NamedTuple):
-    """Packed sequences, padded on the right, and where their response tokens are."""
-
-    ids: torch.Tensor  # [S, L]
-    positions: torch.Tensor  # [S, L]
-    mask: torch.Tensor | None  # [S, 1, L, L], True = may attend; None: plain causal
-    predictors: torch.Tensor  # [N] flat index into S*L of the position that predicts each response token
-    targets: torch.Tensor  # [N] response ids, sequence by sequence, row by row
-
-
-def pack(prompts, responses, device):
-    """prompts: one id tuple per sequence; responses: a list of id tuples per sequence -> Pack.
-
-        ids         prompt      response 1  response 2  padding
-        positions   0 1 2 3     4 5         4 5 6       0 0
-        branch      0 0 0 0     1 1         2 2 2       -1 -1       a token sees branch 0 and its own, up to itself
-    """
-    length = max(len(p) + sum(map(len, rs)) for p, rs in zip(prompts, responses))
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    positions, branch = torch.zeros_like(ids), torch.full_like(ids, -1)
-    predictors, targets = [], []
-    for b, (prompt, rows) in enumerate(zip(prompts, responses)):
-        row_ids, places, branches = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-        for number, response in enumerate(rows, start=1):
-            start = b * length + len(row_ids)
-            predictors += [b * length + len(prompt) - 1, *range(start, start + len(response) - 1)]
-            targets += response
-            row_ids += response
-            places += range(len(prompt), len(prompt) + len(response))
-            branches += [number] * len(response)
-        n = len(row_ids)
-        ids[b, :n], positions[b, :n], branch[b, :n] = map(torch.tensor, (row_ids, places, branches))
-    mask = None
-    if any(len(rows) > 1 for rows in responses):  # otherwise causal order already hides the padding, which comes last
-        q, k = branch[:, :, None], branch[:, None, :]
-        see = torch.ones(length, length, dtype=torch.bool).tril() & ((k == 0) | (k == q))
-        mask = (see | torch.eye(length, dtype=torch.bool))[:, None].to(device)  # padding sees itself: no empty softmax
-    return Pack(ids.to(device), positions.to(device), mask, torch.tensor(predictors, device=device),
-                torch.tensor(targets, device=device))
-
-
 def head_inputs(policy, model, batch):
-    """Pack -> (hidden states that predict the response tokens [N, D], the head's weight [V, D])."""
+    """lib.packing.Pack -> (hidden states that predict the response tokens [N, D], the head's weight [V, D])."""
     packed = {}
     if batch.mask is not None:
         packed = {"attention_mask": models.attention_masks(model, batch.mask, batch.positions),
@@ -795,6 +746,8 @@ class Row:
     advantage: float
     logp: tuple  # the sampler's log-probs of the response
     source: str = "library"  # of the skills: library, episode or step (of hindsight), "" where nothing is distilled
+    skills: str = ""  # their text
+    top: dict = dataclasses.field(default_factory=dict)  # {"student" | "teacher": (ids, log-probs)} of likeliest tokens
 
 
 def episode_return(cfg, episode):
@@ -811,7 +764,8 @@ def make_rows(policy, cfg, episodes, skills):
         if key not in prompts:
             ids = () if cfg.teacher == "none" else teacher_ids(policy.chat, cfg, turn, text)
             prompts[key] = ids, not text or contains(policy.chat.tokenizer.decode(ids or turn.prompt_ids), text)
-        rows.append(Row(turn.prompt_ids, prompts[key][0], turn.response.ids, advantage, turn.response.logp, source))
+        response = turn.response
+        rows.append(Row(turn.prompt_ids, prompts[key][0], response.ids, advantage, response.logp, source, text))
         missing += not prompts[key][1] or not text and source != "" and cfg.retrieval != "none"
     return rows, metrics | more | {"skills/missing": missing / len(rows)}
 
@@ -932,12 +886,26 @@ def repeat_tokens(rows, value, device):
 def response_logp(policy, model, rows, cfg, teacher=False):
     """Log-probs of the rows' responses under model, after the student's or the teacher's prompt -> {row: list}."""
     found = {}
-    for micro_batch in micro_batches(rows, cfg.micro_tokens, policy.packs):
-        batch = pack_rows(policy, micro_batch, teacher)
-        logp, _ = kernels.fused_logprob(*head_inputs(policy, model, batch), batch.targets, temperature=cfg.temperature)
-        members = list(itertools.chain(*micro_batch))
+    for members, *head, targets in hidden_states(policy, model, rows, cfg, teacher):
+        logp, _ = kernels.fused_logprob(*head, targets, temperature=cfg.temperature)
         found |= zip(members, split_tokens(members, logp))
     return found
+
+
+def hidden_states(policy, model, rows, cfg, teacher):
+    """Yields (rows, what predicts their tokens [N, D], the head's weight [V, D], targets [N]) of each micro-batch."""
+    for micro_batch in micro_batches(rows, cfg.micro_tokens, policy.packs):
+        batch = pack_rows(policy, micro_batch, teacher)
+        yield list(itertools.chain(*micro_batch)), *head_inputs(policy, model, batch), batch.targets
+
+
+@torch.no_grad()
+def note_likeliest(policy, rows, cfg):
+    """Notes in each row which tokens student and teacher hold likeliest, for the files of episodes."""
+    teacher = {"none": None, "ref": policy.ref, "ema": policy.ema}.get(cfg.teacher, policy.model)
+    for side, model in ("student", policy.model), ("teacher", teacher):
+        for some, *head, _ in hidden_states(policy, model, rows, cfg, side == "teacher") if model else ():
+            note_top(side, some, *head, cfg.temperature)
 
 
 # ----------------------------------------------------------------------------------------------------------- train step
@@ -1126,7 +1094,7 @@ def train(cfg, folder=None, checkpoint=None):
 def learn(policy, optimizer, environments, skills, cfg, run):
     """The algorithm: evaluate if due, rollout, rows, train step, log, save if due."""
     for step in range(run.step, cfg.steps):
-        if cfg.eval_every and step % cfg.eval_every == 0:
+        if cfg.eval_every and step % cfg.eval_every == 0 and (step or cfg.eval_start):
             evaluate(policy, cfg, environments, skills, run)
         start, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
         torch.manual_seed(seed)  # for models that draw numbers of their own
@@ -1135,10 +1103,12 @@ def learn(policy, optimizer, environments, skills, cfg, run):
         rolled = time.perf_counter()
         with runs.uninterrupted():
             rows, metrics = make_rows(policy, cfg, episodes, skills)
+            if stays(step + 1, cfg.episodes_every) or step + 1 == cfg.steps:
+                note_likeliest(policy, rows, cfg)
             trained, gaps = train_step(policy, optimizer, rows, cfg, step)
             metrics |= trained | runs.episode_metrics(episodes, [episode_return(cfg, e) for e in episodes])
             write_step(run.folder, step + 1, cfg.episodes_every, episode_lines(
-                policy.chat, envs.READABLE[cfg.env], episodes, skills=skills, rows=rows, gaps=gaps))
+                policy.chat, envs.READABLE[cfg.env], episodes, rows=rows, gaps=gaps))
             now = time.perf_counter()
             metrics |= {"time/rollout": rolled - start, "time/update": now - rolled, "time/step": now - start,
                         "mem/peak_gb": runs.peak_memory_gb(policy.device)}

@@ -1,12 +1,13 @@
 """A model behind an OpenAI-compatible server, POST /v1/chat/completions: vllm, transformers serve, or a hosted one.
 
 Whatever goes wrong there is counted and reported, and ends nothing, unless the first request fails or the server stops
-answering. The key comes from OPENAI_API_KEY; no file and no message shows it.
+answering. A server has sampling defaults of its own, mostly the model's generation_config.json: transformers serve is
+greedy at any temperature where that has no do_sample. The key comes from OPENAI_API_KEY; no file or message shows it.
 """
 
+import contextlib
 import http.client
 import json
-import re
 import threading
 import time
 import urllib.error
@@ -40,7 +41,7 @@ class Answer(NamedTuple):
 
 class Failure(Exception):
     """A try without an answer. kind: for counting; again: whether another may help; wait: seconds that the server asks
-    for, or None."""
+    to wait, or None."""
 
     def __init__(self, kind, text, again=True, wait=None):
         super().__init__(text)
@@ -49,13 +50,11 @@ class Failure(Exception):
 
 class Endpoint:
     """The model of this name at url: http://host:8000, its /v1, or the whole address of chat/completions.
-
-    key: bearer token, or None. max_tokens: limit of an answer. parallel: requests at a time. timeout: seconds for a
-    try. Redirects are not followed; this machine is reached without a proxy. Raises UserError for an address or a key
-    that cannot be used.
+    key: bearer token, or None. max_tokens: of an answer. parallel: requests at a time. timeout: seconds for a try.
+    Redirects are not followed. Raises UserError for an address or a key that cannot be used.
     """
 
-    def __init__(self, url, model, key=None, *, max_tokens, parallel=PARALLEL, timeout=TIMEOUT, pause=PAUSE):
+    def __init__(self, url, model, key=None, *, max_tokens, parallel=PARALLEL, timeout=TIMEOUT):
         try:
             parts = split_address(url)
         except ValueError as error:
@@ -67,11 +66,11 @@ class Endpoint:
         path = (parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1") + "/chat/completions"
         self.url = parts._replace(path=urllib.parse.quote(path, safe="/%")).geturl()
         self.shown, self.model, self.key, self.chat = without_secrets(self.url), model, key, PLAIN_CHAT
-        self.max_tokens, self.parallel, self.timeout, self.pause = max_tokens, parallel, timeout, pause
+        self.max_tokens, self.parallel, self.timeout, self.lock = max_tokens, parallel, timeout, threading.Lock()
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         proxies = [urllib.request.ProxyHandler({})] if is_this_host(parts.hostname) else []
         self.opener = urllib.request.build_opener(TimedHandler, NoRedirect, *proxies)
-        self.counts, self.failed_in_a_row, self.last_failure, self.lock = Counter(), 0, "", threading.Lock()
+        self.counts, self.failed_in_a_row, self.last_failure = Counter(), 0, ""
 
     def probe(self):
         """Asks once, so that a wrong address, key or model is noticed before anything is played. Raises UserError."""
@@ -80,37 +79,38 @@ class Endpoint:
         self.counts.clear()
 
     def ask(self, prompts, temperature, seeds):
-        """User messages, and a seed for each, which the server may ignore -> an Answer each. Raises UserError once
-        GIVE_UP requests in a row have failed."""
+        """User messages, and a seed for each, which the server may ignore -> an Answer each. Raises UserError where
+        none is answered, or GIVE_UP requests in a row have failed."""
         answers, jobs = [Answer("", "error")] * len(prompts), iter(range(len(prompts)))
 
         def work():
             while self.failed_in_a_row < GIVE_UP and (number := next(jobs, None)) is not None:
                 answers[number] = self.answer(prompts[number], temperature, seeds[number])
 
-        # no executor: the end of the program would wait for its threads, and so Ctrl-C for every answer
+        # not an executor, for whose threads the end of the program, and so Ctrl-C, would wait
         threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self.parallel, len(prompts)))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        if self.failed_in_a_row >= GIVE_UP:
-            raise UserError(f"{self.shown} has stopped answering ({GIVE_UP} requests in a row failed, the last one: "
-                            f"{self.last_failure}): see to the server, then start the evaluation anew.")
+        if self.failed_in_a_row >= GIVE_UP or not self.counts["answered"]:
+            raise UserError(f"{self.shown} has stopped answering ({self.failed_in_a_row} requests in a row failed, the "
+                            f"last one: {self.last_failure}): see to the server, then start the evaluation anew.")
         return answers
 
     def answer(self, prompt, temperature, seed, tries=TRIES):
         """One request, tried again where that may help -> Answer."""
-        body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": whole(prompt)}], "seed": seed,
-                           "max_tokens": self.max_tokens, "temperature": temperature}).encode()
+        body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": prompt}], "seed": seed,
+                           "max_tokens": self.max_tokens, "temperature": temperature, "top_p": 1.0}, ensure_ascii=False)
+        body = body.encode("utf-8", "replace")
         for number in range(tries):
             try:
                 answer = self.attempt(body)
             except Failure as failure:
                 if failure.again and number + 1 < tries:
                     self.note(f"tried again ({failure.kind})")
-                    wait = self.pause * 2 ** number if failure.wait is None else max(failure.wait, 0.0)
-                    time.sleep(min(wait, LONGEST_PAUSE))
+                    pause = PAUSE * 2 ** number if failure.wait is None else max(failure.wait, 0.0)
+                    time.sleep(min(pause, LONGEST_PAUSE))
                     continue
                 self.note(f"given up ({failure.kind})", self.failed_in_a_row + 1, str(failure))
                 return Answer("", "error")
@@ -135,23 +135,17 @@ class Endpoint:
                 if reply.length:  # bytes that were announced and did not come
                     raise http.client.IncompleteRead(data, reply.length)
         except urllib.error.HTTPError as error:
-            again = error.code in BUSY or error.code >= 500
-            raise Failure(f"status {error.code}", f"status {error.code}{self.words_of(error)}", again,
+            status, said = f"status {error.code}", ""
+            with contextlib.suppress(OSError, http.client.HTTPException), error:
+                said = " ".join(error.read(2000).decode("utf-8", "replace").split())
+                said = (said.replace(self.key, "***") if self.key else said)[:300]
+            raise Failure(status, f"{status}, {said}" if said else status, error.code in BUSY or error.code >= 500,
                           retry_after(error.headers)) from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the latter: a host that is no name
             reason = getattr(error, "reason", error)
             kind = "timed out" if isinstance(reason, TimeoutError) else "connection failed"
             raise Failure(kind, str(reason).strip() or kind) from error
         return read_answer(data)
-
-    def words_of(self, error):
-        """What the server says of an error status, without the key, after a comma; or nothing."""
-        try:
-            with error:
-                said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
-        except (OSError, http.client.HTTPException):
-            return ""
-        return f", {said.replace(self.key, '***') if self.key else said}" if said else ""
 
 
 def read_answer(data):
@@ -160,11 +154,7 @@ def read_answer(data):
         choice = json.loads(data)["choices"][0]
         message, stop = choice["message"], "length" if choice.get("finish_reason") == "length" else "end"
         thought = message.get("reasoning_content") or message.get("reasoning")
-        return Answer(whole((f"<think>{thought}</think>" if thought else "") + (message.get("content") or "")), stop)
+        text = (f"<think>{thought}</think>" if thought else "") + (message.get("content") or "")
+        return Answer(text.encode("utf-8", "replace").decode(), stop)  # without halves of surrogate pairs
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Failure("no chat completion", f"the answer is not a chat completion ({type(error).__name__})") from error
-
-
-def whole(text):
-    """text without halves of surrogate pairs, which are no characters."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)

@@ -762,17 +762,19 @@ def find_games(data, split):
 # Search-QA: questions
 # ---------------------------------------------------------------------------------------------------------------------
 
-ROW_FIELDS = ("question", "data_source", "ground_truth", "reward_model", "golden_answers", "env_kwargs")
+ROW_FIELDS = ("question", "data_source", "ground_truth", "reward_model", "golden_answers", "env_kwargs",
+              "teacher_prompt")
 
 
 class Question(NamedTuple):
-    """A task. Only generated ones have the last three fields, which the scripted players need."""
+    """A task. Only generated ones have names, relation and hops, which the scripted players need."""
     text: str
     golds: tuple                         # accepted answers; of a generated question the first as passages write it
     task_type: str                       # of an official one its data_source
     names: tuple = ()                    # what the question names, as it names it
     relation: str = ""                   # what it asks for, in words that name nothing
     hops: tuple = ()                     # searches that lead to the answer, as (query, texts that it must find)
+    teacher_prompt: str = ""             # what an official one has for a teacher alone
 
 
 def nfc(text):
@@ -831,7 +833,11 @@ def load_questions(path):
         if not re.fullmatch(r"(?=.{1,100}$)[\w-]+([ .][\w-]+)*", source):      # it names a file of skills
             raise ValueError(f"{where}: data_source {source!r:.60} must be a plain name, of letters, digits, - and _, "
                              "of at most 100 characters.")
-        questions.append(Question(text, row_golds(row, where), source.removeprefix("searchR1_")))  # verl adds this
+        teacher = row.get("teacher_prompt") or ""
+        if not isinstance(teacher, str):
+            raise ValueError(f"{where}: teacher_prompt, if given, must be a text.")
+        questions.append(Question(text, row_golds(row, where), source.removeprefix("searchR1_"),  # verl adds this
+                                  teacher_prompt=teacher))
     if not questions:
         raise ValueError(f"{path} holds no question; give a file with at least one row.")
     return tuple(questions)

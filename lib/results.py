@@ -23,6 +23,7 @@ from lib.statistics import (
     pass_at_k,
     pass_hat_k,
     sample_size,
+    sign_flip_p,
     wilson,
 )
 
@@ -153,21 +154,21 @@ def difference(first, second, same_seeds=False):
     """Difference first - second, paired by task -> {"success": ..., "score": ...}, each a dict.
 
     first, second: outcomes for each training seed (see `estimate`); same_seeds: theirs are the same, and paired, too.
-    p is McNemar's, for success with one episode per task and one seed on both sides, else None. `shown` needs an
-    interval without 0 and, where there is a p, p < 0.05: with few discordant tasks the bootstrap is too sure of itself,
-    the test is not. `tasks` would show this difference between these very runs with 80 % power, `seeds` (None unless
-    both sides have several) between the methods.
+    p, for one seed on both sides, else None: McNemar's for success with one episode per task, else that of sign flips.
+    `shown` needs an interval without 0 and, where there is a p, p < 0.05: with few tasks that differ the bootstrap is
+    too sure of itself, the test is not. `tasks`, with as many episodes of each, would show this difference between
+    these very runs with 80 % power; `seeds` (None unless both sides have several) between the methods.
     """
     result, alone = {}, len(first) == len(second) == 1
     for key, measure in (("won", "success"), ("score", "score")):
         a, b = (np.array([by_task(outcomes, key) for outcomes in side]) for side in (first, second))  # [seeds, tasks]
         value, low, high = cluster_bootstrap(a - b) if alone or same_seeds else cluster_difference(a, b)
-        single = alone and len(first[0]) == len(second[0]) == a.shape[1]
-        p = mcnemar(a[0], b[0]) if key == "won" and single else None
+        single = key == "won" and len(first[0]) == len(second[0]) == a.shape[1]
+        p, test = (mcnemar(a[0], b[0]), "McNemar") if single else (sign_flip_p(a[0] - b[0]), "sign flips")
         by_seed = [variance((a - b).mean(1))] if same_seeds else [variance(a.mean(1)), variance(b.mean(1))]
         result[measure] = {
-            "difference": value, "interval": (low, high), "p": p,
-            "shown": (low > 0 or high < 0) and (p is None or p < 0.05),
+            "difference": value, "interval": (low, high), "p": p if alone else None, "test": test if alone else None,
+            "shown": (low > 0 or high < 0) and (not alone or p < 0.05),
             "tasks": sample_size(value, variance(a.mean(0) - b.mean(0))),
             "seeds": None if min(len(a), len(b)) == 1 else sample_size(value, sum(by_seed))}
     return result
@@ -213,8 +214,11 @@ def grouped(paths, found, key):
         alike[number if key(result) is None else key(result)].append(number)
     groups = []
     for numbers in alike.values():
-        group = Group([paths[n] for n in numbers], [found[n] for n in numbers])
-        groups += [group] if len(group.seeds) in (0, len(numbers)) else [Group([paths[n]], [found[n]]) for n in numbers]
+        seeds = {n: (found[n].get("run") or {}).get("seed") for n in numbers}
+        numbers.sort(key=lambda n: seeds[n])  # equal seeds of two groups face each other
+        several = len(set(seeds.values())) == len(numbers)
+        groups += [Group([paths[n] for n in some], [found[n] for n in some])
+                   for some in ([numbers] if several else [[n] for n in numbers])]
     return groups
 
 
@@ -282,16 +286,18 @@ def print_summary(result):
     if "with - without" in result["summary"]:
         print_difference("with - without skills, paired by task", result["summary"]["with - without"])
     errors = sum(outcome["errors"] for outcomes in result["outcomes"].values() for outcome in outcomes)
-    if errors:
-        print(f"\n{errors} searches or requests had no answer: what they cost is in the figures")
     if result["requests"]:
-        print(f"\n{result['requests']}")
+        counts = sorted(result["requests"]["counts"].items())
+        print("\nrequests: " + ", ".join(f"{count:,} {what}" for what, count in counts))
+    if errors:
+        last = f"; the last failure: {result['requests']['last_failure']}" if result["requests"] else ""
+        print(f"{errors:,} searches or requests had no answer (without one from the model an episode ends lost{last})")
 
 
 def print_difference(title, result):
     print(f"\n{title}")
     for measure, d in result.items():
-        p = "" if d["p"] is None else f"  p {d['p']:.3g} (McNemar)"
+        p = "" if d["p"] is None else f"  p {d['p']:.3g} ({d['test']})"
         verdict = "a difference" if d["shown"] else "no difference shown"
         needed = [f"{d[what]:,} {what}" for what in ("tasks", "seeds") if d[what] not in (None, math.inf)]
         power = f"; 80 % power for it: {', '.join(needed)}" if needed else ""

@@ -1,16 +1,22 @@
 """Tests of eval.py: summaries and differences, the evaluation set's hash, comparison, curves, servers, command line."""
 
 import dataclasses
+import http.server
 import json
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
 
+import envs
 import eval as evaluation
 import sdar
-from conftest import config, flags, refused
-from lib import checkpoints, folders, results
+from conftest import config, flags, refused, written
+from lib import checkpoints, curves, endpoint, folders, results
+from lib.program import UserError
+from lib.skills import read_skills
 from lib.statistics import bootstrap, wilson
 
 
@@ -41,12 +47,12 @@ def test_repeats_are_pooled_by_task_so_that_they_do_not_count_as_new_tasks():
     assert never["success_interval"] == wilson(0, 10)  # a rate of zero has a width too
 
 
-def test_outcomes_are_paired_by_task_whatever_their_order_and_repeats_have_no_mcnemar():
+def test_outcomes_are_paired_by_task_whatever_their_order_and_repeats_have_another_test():
     first, second = ([outcome(i, i < 6) for i in order] for order in (range(12), reversed(range(12))))
     result = results.difference([first], [second])["success"]
     assert (result["difference"], result["interval"], result["p"]) == (0, (0, 0), 1)
     twice = [outcome(i, i < 6, repeat=r) for i in range(12) for r in range(2)]
-    assert {results.difference([other], [twice])["success"]["p"] for other in (first, twice)} == {None}
+    assert {results.difference([other], [twice])["success"]["test"] for other in (first, twice)} == {"sign flips"}
 
 
 def test_four_tasks_won_more_out_of_many_are_no_difference_although_the_bootstrap_excludes_zero():
@@ -121,15 +127,17 @@ def test_results_of_several_seeds_are_compared_by_method_over_tasks_and_seeds(tm
     other = [trained("sdar", 0.3, seed, sdar_coef=1.0) for seed in (5, 6)]
     assert evaluation.main(["--compare", *grpo, *sdar_low, *other]) == 0
     text = capsys.readouterr().out
-    assert "\ngrpo, training seeds 0, 1, 2, 3, on webshop (gen" in text and "\nsdar, training seeds 5, 6, on" in text
-    assert "| B: training method grpo | sdar\n" in text
-    assert "| C: training method grpo | sdar, training sdar_coef 0.01 | 1.0\n" in text
-    assert "B - A, without skills, paired by task and seed\n" in text and "D  " not in text
-    assert "C - A, without skills, paired by task\n" in text
-    assert text.count("pass@2 ") == text.count("pass^2 ") == 3 and "pass@3" not in text
+    for part in ("\ngrpo, training seeds 0, 1, 2, 3, on webshop (gen", "\nsdar, training seeds 5, 6, on webshop (gen",
+                 "B: training method grpo | sdar\n", "C: training method grpo | sdar, training sdar_coef 0.01 | 1.0\n",
+                 "B - A, without skills, paired by task and seed\n", "C - A, without skills, paired by task\n",
+                 "not corrected for the 2 comparisons"):
+        assert part in text
+    assert text.count("pass@2 ") == text.count("pass^2 ") == 3 and "pass@3" not in text and "D  " not in text
     first, second = text.split("paired by task")[1:]
     assert first.splitlines()[1].split("]  ")[1].startswith("a difference; 80 % power for it: ") and "seeds" in first
     assert "no difference shown; 80 % power for it: " in second.splitlines()[1]
+    assert evaluation.main(["--compare", *grpo, *reversed(sdar_low), *other]) == 0
+    assert capsys.readouterr().out.split("skills")[1:] == text.split("skills")[1:]  # seeds are paired in any order
     assert evaluation.main(["--compare", grpo[0], grpo[0], *other]) == 0  # the same seed twice is no second seed
     text = capsys.readouterr().out
     assert f"B  {grpo[0]}:\n" in text and "C  " in text and "says nothing of other seeds" in text
@@ -172,13 +180,22 @@ def run_folder(model_folder, tmp_path_factory):
     return run
 
 
+SERVED = ("--endpoint", "http://127.0.0.1:9", "--model", "m")
+
+
 @pytest.mark.parametrize("argv, why", [
     ((), "Give a model"), (("tiny", "--compare", "a", "b"), "does not go with model"),
     (("--compare", "a", "b", "--seed", "1"), "does not go with seed"), (("tiny", "--repeats", "0"), "--repeats"),
     (("tiny", "--repeats", "2", "--temperature", "0"), "--repeats"), (("tiny", "--temperature", "-1"), "temperature"),
     (("tiny", "--tasks", "1000000"), "tasks"), (("tiny", "--retrieval", "none"), "--condition without"),
     (("tiny", "--tasks", "2", "--split", "moon"), "moon"), (("./nowhere",), "nowhere"),
-    (("tiny", "--tasks", "2", "--out", "/nowhere/e.json"), "/nowhere"), (("runs/r/checkpoint-9",), "checkpoint-9")])
+    (("tiny", "--tasks", "2", "--out", "/nowhere/e.json"), "/nowhere"), (("runs/r/checkpoint-9",), "checkpoint-9"),
+    (("--model", "m"), "--model needs --endpoint"), (("--endpoint", "http://127.0.0.1:9"), "--endpoint needs --model"),
+    (("tiny", *SERVED), "one model"), ((*SERVED, "--device", "cpu"), "--device would do nothing"),
+    ((*SERVED, "--request_timeout", "0"), "--request_timeout"), (SERVED, "does not answer as 'm'"),
+    (("--endpoint", "ftp://x", "--model", "m"), "--endpoint must be"), (("--compare", "nowhere"), "nowhere"),
+    (("--endpoint", "http://me:pw@127.0.0.1:9", "--model", "m"), "OPENAI_API_KEY"),
+    (("--curves", "nowhere"), "nowhere is not a run"), (("--curves", "a", "--seed", "1"), "does not go with seed")])
 def test_bad_input_is_one_sentence_and_status_2(capsys, tmp_path, monkeypatch, argv, why):
     monkeypatch.chdir(tmp_path)
     refused(evaluation.main, list(argv), why, capsys)
@@ -285,3 +302,148 @@ def test_skills_are_shown_in_one_condition_only_and_to_a_run_without_a_teacher_t
     assert without is None and first == third == 3 != second  # every repeat has a seed of its own
     assert all(len(text) > 100 for text in skills.values()) and len(set(skills.values())) > 1
     assert json.loads((tmp_path / "e.json").read_text())["config"]["method"] == "grpo"
+
+
+# ---------------------------------------------------------------------------------------------- a model behind a server
+
+def completion(content, **more):
+    message = {"choices": [{"message": {"content": content} | more, "finish_reason": "length" if more else "stop"}]}
+    return 200, json.dumps(message), {}
+
+
+class Stub(http.server.BaseHTTPRequestHandler):
+    """Answers by the next of server.script or, if there is none, server.reply: (status, text, headers), or a function
+    of the handler and the user's message."""
+
+    def do_POST(self):
+        body, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
+        server.seen.append((self.path, self.headers["Authorization"], body))
+        answer = server.script.pop(0) if server.script else server.reply
+        status, text, headers = answer(self, body["messages"][0]["content"]) if callable(answer) else answer
+        self.send_response(status)
+        for name, value in ({"Content-Length": len(text)} | headers).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        for part in text if headers.get("slow") else [text]:
+            self.wfile.write(part.encode())
+            time.sleep(0.02 if headers.get("slow") else 0)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    monkeypatch.setattr(endpoint, "PAUSE", 0.001)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    server.handle_error, server.daemon_threads = lambda *_: None, True  # a connection that was cut
+    server.script, server.reply, server.seen = [], completion("no"), []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_in_trouble_is_asked_again_and_the_trouble_counted(stub):
+    troubles = {
+        (429, "slow down", (("Retry-After", 0),)): "status 429", (503, "", ()): "status 503",
+        (200, "<html>busy</html>", ()): "no chat completion", (200, "[" * 100_000, ()): "no chat completion",
+        (200, '{"choices": []}', ()): "no chat completion", completion(5)[:2] + ((),): "no chat completion",
+        (200, "{}", (("Content-Length", 50),)): "connection failed", (200, " " * 90, (("slow", 1),)): "timed out"}
+    for (status, text, headers), kind in troubles.items():
+        model = endpoint.Endpoint(stub.url, "m", max_tokens=5, timeout=0.5)
+        stub.script, stub.seen[:] = [(status, text, dict(headers))] * 2, []
+        assert model.ask(["hello \ud800"], 0.0, [0]) == [endpoint.Answer("no", "end")]
+        assert model.counts == {f"tried again ({kind})": 2, "answered": 1} and len(stub.seen) == 3
+    stub.script = [lambda handler, text: handler.connection.shutdown(2)]
+    assert model.ask(["hello"], 0.0, [0])[0].text == "no" and model.counts["tried again (connection failed)"] == 1
+
+
+def test_requests_are_given_up_where_another_try_is_useless_and_all_of_them_once_nothing_is_answered(stub, monkeypatch):
+    model = endpoint.Endpoint(stub.url + "/v1/", "m", "sk-secret", max_tokens=5)
+    monkeypatch.setattr(endpoint, "ANSWER_LIMIT", 1000)
+    away = (302, "", {"Location": stub.url + "/else"})
+    for refusal in ((400, "too long for sk-secret", {}), away, (200, " " * 1001, {})):
+        stub.script = [stub.reply, refusal]
+        assert [model.ask([text], 0.0, [0])[0].stop for text in ("hello", "long")] == ["end", "error"]
+        assert not stub.script and "sk-secret" not in model.last_failure
+    kinds = "status 400", "status 302", "too long"
+    assert model.counts == {"answered": 3} | {f"given up ({kind})": 1 for kind in kinds}
+    stub.reply, stub.seen[:] = (500, "", {}), []
+    with pytest.raises(UserError, match="has stopped answering .* requests in a row failed"):
+        model.ask(["hello"] * 1000, 0.0, range(1000))
+    assert len(stub.seen) <= endpoint.TRIES * (endpoint.GIVE_UP + model.parallel)
+    with pytest.raises(UserError, match="has stopped answering"):
+        endpoint.Endpoint(stub.url, "m", max_tokens=5).ask(["hello"], 0.0, [0])  # none of one is enough
+
+
+def test_requests_go_out_in_parallel_but_not_too_many_and_answers_come_in_order(stub):
+    running, most = [], []
+
+    def reply(handler, text):
+        running.append(text)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.pop()
+        return completion(None, reasoning_content=text)
+
+    stub.reply = reply
+    texts = list("abcdefghijkl")
+    model = endpoint.Endpoint(f"{stub.url}/v1/chat/completions", "m", max_tokens=5, parallel=3)
+    assert model.ask(texts, 0.0, texts) == [(f"<think>{text}</think>", "length") for text in texts]
+    assert 2 <= max(most) <= 3 and sorted(body["seed"] for *_, body in stub.seen) == texts
+
+
+def test_a_served_model_is_evaluated_and_episodes_without_an_answer_are_counted(stub, tmp_path, capsys):
+    stub.reply = completion("<think>it fits</think><action>click[buy now]</action>")
+    out, again = tmp_path / "e.json", tmp_path / "f.json"
+    command = ["--endpoint", stub.url, "--model", "some/model", "--tasks", "3", "--max_turns", "2", "--out"]
+    assert evaluation.main([*command, str(out)]) == 0
+    text, stored = capsys.readouterr().out, out.read_text()
+    assert f"some/model at {stub.url}/v1/chat/completions on webshop (generated tasks, not the official" in text
+    assert "requests: 12 answered\n" in text and "sk-secret" not in text + stored
+    bodies = [body for path, key, body in stub.seen if (path, key) == ("/v1/chat/completions", "Bearer sk-secret")][1:]
+    assert [(b["model"], b["temperature"], b["max_tokens"]) for b in bodies] == [("some/model", 0.4, 512)] * 12
+    assert len({body["seed"] for body in bodies}) == 6  # of task and turn, the same in both conditions
+    skill = read_skills(folders.ROOT / "data/skills/webshop", envs.make("webshop").task_types)[0]
+    assert [skill in body["messages"][0]["content"] for body in bodies] == [False] * 6 + [True] * 6
+    assert evaluation.main(["--show", str(out)]) == 0 and capsys.readouterr().out.count("it fits") == 12
+    stub.script = [stub.reply, (400, "prompt too long", {})]
+    assert evaluation.main([*command, str(again), "--condition", "without"]) == 0
+    text, played = capsys.readouterr().out, json.loads(again.read_text())["outcomes"]["without"]
+    assert "requests: 4 answered, 1 given up (status 400)\n" in text and "failure: status 400, prompt too long" in text
+    assert sorted((o["errors"], o["turns"], o["won"]) for o in played) == [(0, 2, False), (0, 2, False), (1, 1, False)]
+    stub.reply = 401, "no such key as sk-secret", {}
+    refused(evaluation.main, [*command, str(tmp_path / "g.json")], "status 401, no such key as ***", capsys)
+
+
+# ------------------------------------------------------------------------------------------------------ learning curves
+
+def run_of(folder, method, seed, points, **settings):
+    """A run folder with these successes by step."""
+    stored = dataclasses.asdict(sdar.make_config({"model": "tiny", "method": method, "seed": seed} | settings))
+    lines = [json.dumps({"step": step, "eval/success": value}) for step, value in points.items()]
+    config_file = json.dumps(stored | {"provenance": {}})
+    return str(written(folder, {"config.json": config_file, "metrics.jsonl": "\n".join(lines)}))
+
+
+def test_learning_curves_are_grouped_by_method_with_bands_over_seeds(tmp_path, capsys):
+    kinds = [("grpo", 0.2, {}), ("grpo", 0.3, {}), ("grpo", 0.7, {}), ("sdar", 0.5, {"sdar_coef": 1.0}),
+             ("sdar", 0.9, {"sdar_coef": 1.0}), ("sdar", 0.4, {})]
+    found = [run_of(tmp_path / str(seed), method, seed, {0: 0.1, 10: value, 20 + seed: 0.9}, **more)
+             for seed, (method, value, more) in enumerate(kinds)]
+    out = tmp_path / "c.png"
+    assert evaluation.main(["--curves", *found, "--out", str(out)]) == 0 and out.read_bytes().startswith(b"\x89PNG")
+    text = capsys.readouterr().out
+    assert "webshop (generated tasks, not the official ones)\n" in text and "greedy" not in text
+    assert "  grpo (3 seeds, 95 % t interval), step 10: eval/success 0.400 [0.000, 1.000]\n" in text  # cut to [0, 1]
+    assert "  sdar, sdar_coef 1.0 (2 seeds, min to max), step 10: eval/success 0.700 [0.500, 0.900]\n" in text
+    assert "  sdar, sdar_coef 0.01 (one seed), step 25: eval/success 0.900\n" in text
+    steps, values = curves.band([curves.read_run(path, {}) for path in found[:3]], "eval/success")
+    assert steps == [0, 10] and values[0] == pytest.approx([0.1] * 3)  # the steps that all have
+    for argv, why in [([run_of(tmp_path / "twice", "grpo", 0, {0: 0.1})], "runs of one seed (grpo, seed 0)"),
+                      ([run_of(tmp_path / "empty", "grpo", 9, {})], "has no evaluation"),
+                      (["--out", str(tmp_path / "no" / "c.png")], "cannot be written")]:
+        refused(evaluation.main, ["--curves", *found, *argv], why, capsys)

@@ -120,7 +120,8 @@ def test_ctrl_c_even_twice_lets_the_children_save_and_leaves_a_valid_file(start,
 
 
 def test_measures_of_a_curve_are_those_computed_by_hand():
-    curve = [[0, 0.1], [5, 0.3], [10, 0.7], [12, 0.5]]
+    curve = {"evaluation": [[0, 0.1], [5, 0.3], [10, 0.7], [12, 0.5]], "training": [0.5, 1.0]}
+    assert study_report.training(curve) == 0.75
     assert study_report.area(curve) == pytest.approx((5 * 0.2 + 5 * 0.5 + 2 * 0.6) / 12)
     assert study_report.final(curve) == 0.5 and study_report.steps_to(curve, 0.1) == 0
     assert study_report.steps_to(curve, 0.5) == pytest.approx(7.5) and study_report.steps_to(curve, 0.8) == 12
@@ -128,8 +129,10 @@ def test_measures_of_a_curve_are_those_computed_by_hand():
 
 def test_differences_are_paired_by_seed_and_corrected_for_the_number_of_arms(tmp_path):
     final = {"grpo": [0.4, 0.6, 0.5], "gigpo": [0.5, 0.7, 0.61], "sdar_1": [0.7, 0.7, 0.4, 0.9]}
-    made = [{"part": "A", "env": "webshop", "arm": arm, "seed": seed, "evaluation": [[0, 0.0], [20, success]]}
+    run = {"part": "A", "env": "webshop", "training": [0.0]}
+    made = [run | {"arm": arm, "seed": seed, "evaluation": [[20, success]]}
             for arm, values in final.items() for seed, success in enumerate(values)]
+    made += [run | {"arm": "untrained", "seed": seed, "evaluation": [[0, 0.0]], "training": []} for seed in range(4)]
     made += [made[0] | {"arm": "rlsd", "error": "It failed."}]
     grpo, gigpo, sdar_1 = (row for row in study_report.summary(made) if row["measure"] == "final")
     assert grpo["reached"] == 2 and "p" not in grpo and grpo["mean"] == pytest.approx(0.5)

@@ -12,7 +12,6 @@ After each run study.json is written: what it holds is not run again unless its 
 """
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -51,6 +50,7 @@ def sdar(coef=1.0, **changes):
 
 
 ARMS = {  # settings that make an arm; strengths are written out, whatever the defaults are
+    study_report.UNTRAINED: {"method": "grpo", "steps": 0},
     "grpo": {"method": "grpo"},
     "gigpo": {"method": "gigpo"},
     **{f"sdar_{coef:g}": sdar(coef) for coef in (0.01, 0.1, 0.3, 1.0)},  # the paper's lambda is 0.01
@@ -69,7 +69,8 @@ ARMS = {  # settings that make an arm; strengths are written out, whatever the d
     "no_skill_1": sdar(retrieval="none"),  # the teacher reads what the student reads: gap 0, gate 1/2, as at beta 0
     "shuffled_1": sdar(skills="shuffled"),
     "other_1": sdar(skills="other")}
-IN_PART_A = ("grpo", "gigpo", "sdar_0.01", "sdar_1", "rkl_1", "opid_0.001", "opid_1", "no_gate_1", "shuffled_1")
+IN_PART_A = (study_report.UNTRAINED, "grpo", "gigpo", "sdar_0.01", "sdar_1", "rkl_1", "opid_0.001", "opid_1",
+             "no_gate_1", "shuffled_1")
 FEWER_ARMS = {("A", "search"): IN_PART_A, ("A", "alfworld"): IN_PART_A} | {
     ("B", env): ("grpo", "gigpo", "sdar_0.01", "sdar_1") for env in SPLITS}  # elsewhere: all
 
@@ -86,10 +87,11 @@ def key(run):
 
 
 def settings(part, env, changes):
-    """All settings of a run except its seed: regime, evaluation every quarter of the run, the arm's own."""
+    """All settings of a run except its seed: regime, two evaluations (in search, where they take little, four), the
+    arm's own. The model before training is evaluated once per seed, in an arm of its own."""
     regime = REGIMES[part, env]
-    evaluation = {"eval_every": math.ceil(regime["steps"] / 4), "eval_split": SPLITS[env], "eval_tasks": 256,
-                  "eval_temperature": 0.4, "eval_greedy": False}
+    evaluation = {"eval_every": regime["steps"] // (4 if env == "search" else 2), "eval_start": False,
+                  "eval_split": SPLITS[env], "eval_tasks": 256, "eval_temperature": 0.4, "eval_greedy": False}
     return {"env": env, "model": "tiny"} | regime | evaluation | changes
 
 
@@ -98,8 +100,8 @@ def arms_of(regime, chosen=None, rates=None, quick=False):
     if rates:
         flags = {name: value for name, value in settings(*regime, ARMS["grpo"]).items() if not name.startswith("eval_")}
         return {f"{RATE}{rate:g}": flags | {"lr": rate, "eval_every": 0} for rate in rates}
-    names = chosen or (("grpo", "sdar_1") if quick else FEWER_ARMS.get(regime, ARMS))
-    return {name: settings(*regime, ARMS[name] | (QUICK if quick else {})) for name in names}
+    names = chosen or ((study_report.UNTRAINED, "grpo", "sdar_1") if quick else FEWER_ARMS.get(regime, ARMS))
+    return {name: settings(*regime, (QUICK if quick else {}) | ARMS[name]) for name in names}
 
 
 def plan(part=None, env=None, arms=None, seeds=None, rates=None, quick=False):

@@ -14,6 +14,7 @@ from lib.runs import mean
 
 MARKS = "<!-- study: begin -->", "<!-- study: end -->"  # around the generated part of a page
 NAMES = {"webshop": "WebShop", "alfworld": "ALFWorld", "search": "Search-QA"}
+UNTRAINED = "untrained"  # the arm that is evaluated before any training
 CONTROLS = ("no_gate_1", "no_skill_1", "shuffled_1", "other_1")
 COLORS = {"grpo": "black", "gigpo": "#e69f00", "sdar_0.01": "#56b4e9", "sdar_1": "#0072b2", "rkl_1": "#009e73",
           "opid_1": "#cc79a7", "no_gate_1": "#d55e00"}  # arms whose curves are drawn, readable by colour-blind people
@@ -23,19 +24,26 @@ THRESHOLDS = {"webshop": 0.5, "search": 0.3, "alfworld": 0.3}
 
 # ---------------------------------------------------------------------------------------------------------- statistics
 
-def area(curve, threshold=None):
+def area(run, threshold=None):
     """Area under [[step, success], ..] by the trapezoid rule, over the length of the run: in [0, 1]."""
+    curve = run["evaluation"]
     total = sum((b - a) * (y + z) / 2 for (a, y), (b, z) in itertools.pairwise(curve))
     return total / (curve[-1][0] - curve[0][0])
 
 
-def final(curve, threshold=None):
-    return curve[-1][1]
+def training(run, threshold=None):
+    """Mean success of the training rollouts."""
+    return mean(run["training"])
 
 
-def steps_to(curve, threshold):
+def final(run, threshold=None):
+    return run["evaluation"][-1][1]
+
+
+def steps_to(run, threshold):
     """The step at which a curve first reaches the threshold, on straight lines between its evaluations; if it never
     does its last step, a lower bound."""
+    curve = run["evaluation"]
     if curve[0][1] >= threshold:
         return curve[0][0]
     for (a, y), (b, z) in itertools.pairwise(curve):
@@ -46,17 +54,21 @@ def steps_to(curve, threshold):
 
 MEASURES = {  # function, its words, digits shown
     "area": (area, "Area under the evaluation curve", 3),
+    "training": (training, "Success of the training rollouts, mean of all steps (skill_grpo's see skills)", 3),
     "final": (final, "Success after the last step", 3),
     "steps": (steps_to, "Steps until success reaches {threshold}; a run that never does counts with its length", 1)}
 
 
 def curves_by_regime(records):
-    """-> {(part, environment): {arm: {seed: evaluation curve}}} of the runs that did not fail."""
-    found = {}
-    for one in records:
-        if "error" not in one:
+    """-> {(part, environment): {arm: {seed: record}}} of the runs that did not fail; an evaluation begins with that of
+    the untrained model under the same seed, which is a run of its own."""
+    found, whole = {}, [one for one in records if "error" not in one]
+    before = {(one["env"], one["seed"]): one["evaluation"] for one in whole if one["arm"] == UNTRAINED}
+    for one in whole:
+        if one["arm"] != UNTRAINED:
             arms = found.setdefault((one["part"], one["env"]), {})
-            arms.setdefault(one["arm"], {})[one["seed"]] = one["evaluation"]
+            start = before[one["env"], one["seed"]] if one["evaluation"][0][0] else []
+            arms.setdefault(one["arm"], {})[one["seed"]] = one | {"evaluation": start + one["evaluation"]}
     return found
 
 
@@ -72,13 +84,12 @@ def summary(records):
 
 
 def compare(part, env, measure, curves):
-    """The rows of one regime and measure; curves: {arm: {seed: evaluation curve}}."""
+    """The rows of one regime and measure; curves: {arm: {seed: record}}."""
     threshold, function, rows = THRESHOLDS[env], MEASURES[measure][0], []
-    values = {arm: {seed: function(curve, threshold) for seed, curve in by_seed.items()}
-              for arm, by_seed in curves.items()}
+    values = {arm: {seed: function(run, threshold) for seed, run in by_seed.items()} for arm, by_seed in curves.items()}
     for arm, by_seed in values.items():
         center, low, high = statistics.t_interval(list(by_seed.values()))
-        reached = sum(max(success for _, success in curve) >= threshold for curve in curves[arm].values())
+        reached = sum(max(success for _, success in run["evaluation"]) >= threshold for run in curves[arm].values())
         rows.append({"part": part, "env": env, "measure": measure, "arm": arm, "seeds": len(by_seed),
                      "reached": reached, "mean": center, "low": low, "high": high})
         seeds = sorted(by_seed.keys() & values.get("grpo", {}).keys())
@@ -196,7 +207,7 @@ def draw(records, path):
 def draw_curves(pane, curves, title):
     for arm, color in COLORS.items():
         if arm in curves:
-            lines = list(curves[arm].values())
+            lines = [run["evaluation"] for run in curves[arm].values()]
             steps, points = [step for step, _ in lines[0]], zip(*([success for _, success in line] for line in lines))
             centers, lows, highs = zip(*map(statistics.t_interval, points))
             pane.plot(steps, centers, "--" if arm in CONTROLS else "-", color=color, marker="o", ms=3,

@@ -1,0 +1,47 @@
+"""Rows that share a prompt, as one sequence [prompt, response 1, response 2, ...]: the mask lets a response see the
+prompt and itself, positions restart after the prompt. A group shares its first prompt, often later ones too."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Pack(NamedTuple):
+    """Packed sequences, padded on the right, and where their response tokens are."""
+
+    ids: torch.Tensor  # [S, L]
+    positions: torch.Tensor  # [S, L]
+    mask: torch.Tensor | None  # [S, 1, L, L], True = may attend; None: plain causal
+    predictors: torch.Tensor  # [N] flat index into S*L of the position that predicts each response token
+    targets: torch.Tensor  # [N] response ids, sequence by sequence, row by row
+
+
+def pack(prompts, responses, device):
+    """prompts: one id tuple per sequence; responses: a list of id tuples per sequence -> Pack.
+
+        ids         prompt      response 1  response 2  padding
+        positions   0 1 2 3     4 5         4 5 6       0 0
+        branch      0 0 0 0     1 1         2 2 2       -1 -1       a token sees branch 0 and its own, up to itself
+    """
+    length = max(len(p) + sum(map(len, rs)) for p, rs in zip(prompts, responses))
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    positions, branch = torch.zeros_like(ids), torch.full_like(ids, -1)
+    predictors, targets = [], []
+    for b, (prompt, rows) in enumerate(zip(prompts, responses)):
+        row_ids, places, branches = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+        for number, response in enumerate(rows, start=1):
+            start = b * length + len(row_ids)
+            predictors += [b * length + len(prompt) - 1, *range(start, start + len(response) - 1)]
+            targets += response
+            row_ids += response
+            places += range(len(prompt), len(prompt) + len(response))
+            branches += [number] * len(response)
+        n = len(row_ids)
+        ids[b, :n], positions[b, :n], branch[b, :n] = map(torch.tensor, (row_ids, places, branches))
+    mask = None
+    if any(len(rows) > 1 for rows in responses):  # otherwise causal order already hides the padding, which comes last
+        q, k = branch[:, :, None], branch[:, None, :]
+        see = torch.ones(length, length, dtype=torch.bool).tril() & ((k == 0) | (k == q))
+        mask = (see | torch.eye(length, dtype=torch.bool))[:, None].to(device)  # padding sees itself: no empty softmax
+    return Pack(ids.to(device), positions.to(device), mask, torch.tensor(predictors, device=device),
+                torch.tensor(targets, device=device))
