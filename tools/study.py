@@ -28,8 +28,7 @@ from lib.runs import handling, mean
 from lib.settings import Parser
 from tools import study_report
 
-ROOT = folders.ROOT
-PROGRAM = [sys.executable, "sdar.py"]
+ROOT, PROGRAM = folders.ROOT, [sys.executable, "sdar.py"]
 
 # ---------------------------------------------------------------------------------------------------------- the design
 
