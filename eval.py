@@ -278,8 +278,8 @@ def parse_args(argv):
     what.add_argument("--curves", nargs="+", metavar="RUN", help="draw the learning curves of runs into --out instead, "
                       "seeds of one method as one curve (default curves.png)")
     what.add_argument("--show", metavar="RUN", help="print the episodes of a run's last step, or of a result file")
-    what.add_argument("--view", metavar="RUN", help="make a page to look into a run's episodes, or a result's, instead: "
-                      "one HTML file (default RUN/episodes.html)")
+    what.add_argument("--view", metavar="RUN", help="make a page of a run's or a result's episodes, one HTML file "
+                      "(default RUN/episodes.html)")
     what.add_argument("--step", type=number(int), metavar="INT", help="with --show: of this training step instead")
     what.add_argument("--lost", action="store_true", help="with --show: only the episodes that were lost")
     what.add_argument("--condition", choices=("both", *CONDITIONS), help="skills in the prompt (default both ways)")
@@ -297,7 +297,7 @@ def parse_args(argv):
     return checked(vars(parser.parse_args(argv)))
 
 
-INSTEAD = {"compare": set(), "curves": {"out"}, "show": {"step", "lost"}, "view": {"out"}}  # of playing, with the options of each
+INSTEAD = {"compare": set(), "curves": {"out"}, "show": {"step", "lost"}, "view": {"out"}}  # of playing
 NEEDS = {"step": "show", "lost": "show", "request_timeout": "endpoint", "served": "endpoint", "endpoint": "served"}
 
 

@@ -899,13 +899,13 @@ def hidden_states(policy, model, rows, cfg, teacher):
         yield list(itertools.chain(*micro_batch)), *head_inputs(policy, model, batch), batch.targets
 
 
-@torch.no_grad()
 def note_likeliest(policy, rows, cfg):
     """Notes in each row which tokens student and teacher hold likeliest, for the files of episodes."""
     teacher = {"none": None, "ref": policy.ref, "ema": policy.ema}.get(cfg.teacher, policy.model)
-    for side, model in ("student", policy.model), ("teacher", teacher):
-        for some, *head, _ in hidden_states(policy, model, rows, cfg, side == "teacher") if model else ():
-            note_top(side, some, *head, cfg.temperature)
+    with torch.no_grad(), torch.random.fork_rng():  # models that draw numbers of their own draw the same afterwards
+        for side, model in ("student", policy.model), ("teacher", teacher):
+            for some, *head, _ in hidden_states(policy, model, rows, cfg, side == "teacher") if model else ():
+                note_top(side, some, *head, cfg.temperature)
 
 
 # ----------------------------------------------------------------------------------------------------------- train step
