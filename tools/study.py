@@ -42,6 +42,7 @@ REGIMES = {  # part, environment -> size of a step, rate; a rate may be chosen o
     ("B", "alfworld"): SMALL | {"tasks": 4, "group_size": 8, "steps": 20, "lr": 4e-4}}
 SPLITS = {"webshop": "val", "search": "val", "alfworld": "valid_seen,valid_unseen"}  # none has tasks of training
 SEEDS = dict(zip(REGIMES, (10, 10, 5, 5, 5, 3)))
+MORE_SEEDS = dict.fromkeys(("untrained", "grpo", "sdar_0.01", "sdar_1", "rkl_1", "no_gate_1"), 20)  # of A, webshop
 
 
 def sdar(coef=1.0, **changes):
@@ -107,8 +108,13 @@ def plan(part=None, env=None, arms=None, seeds=None, rates=None, quick=False):
     an environment comes before seed 1 of any. seeds: how many instead of the study's own number."""
     return [{"part": regime[0], "env": regime[1], "arm": arm, "seed": seed, "flags": flags}
             for regime in REGIMES if part in (None, regime[0]) and env in (None, regime[1])
-            for seed in range(seeds or (1 if quick else 3 if rates else SEEDS[regime]))
-            for arm, flags in arms_of(regime, arms, rates, quick).items()]
+            for seed in range(seeds or (1 if quick else 3 if rates else max([SEEDS[regime], *MORE_SEEDS.values()])))
+            for arm, flags in arms_of(regime, arms, rates, quick).items()
+            if seeds or quick or rates or seed < seeds_of(regime, arm)]
+
+
+def seeds_of(regime, arm):
+    return MORE_SEEDS.get(arm, SEEDS[regime]) if regime == ("A", "webshop") else SEEDS[regime]
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
