@@ -45,7 +45,8 @@ def start(tmp_path, monkeypatch):
     (tmp_path / "docs" / "study.md").write_text("Asked.\n<!-- study: begin -->\nold\n<!-- study: end -->\nLimits.\n")
     regime = "A", "webshop"
     for name, value in {"PROGRAM": [sys.executable, "stand_in.py"], "ROOT": tmp_path,
-                        "SEEDS": {regime: 2}, "MORE_SEEDS": {}, "REGIMES": {regime: study.REGIMES[regime] | {"steps": 2}},
+                        "SEEDS": {regime: 2}, "MORE_SEEDS": {},
+                        "REGIMES": {regime: study.REGIMES[regime] | {"steps": 2}},
                         "FEWER_ARMS": {regime: ("grpo", "sdar_1")}}.items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(study_report, "draw", lambda made, path: path.write_text(str(len(made))))  # takes a second
