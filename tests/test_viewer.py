@@ -35,9 +35,10 @@ def episode(*turns, **changes):
             "done": True, "skills": "look", "turns": turns} | changes
 
 
-def made(folder, *episodes, name="some"):  # -> path of the page
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in episodes))
-    return write_page(folder / f"{name}.jsonl")
+def made(folder, *episodes):  # -> path of the page
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "some.jsonl").write_text("".join(json.dumps(one) + "\n" for one in episodes))
+    return write_page(folder / "some.jsonl")
 
 
 def parsed(path):
@@ -93,9 +94,8 @@ def test_the_files_of_a_run_that_stay_have_the_alternatives_of_student_and_teach
 def test_hostile_text_adds_no_element_and_stays_text(tmp_path):
     whole = "\n".join(HOSTILE)
     evil = episode(turn(HOSTILE, observation=whole), task=whole, task_type=whole, skills=whole)
-    (tags, _, [part]), (ours, *_) = parsed(made(tmp_path, evil, name="<script><!--")), parsed(TEMPLATE)
-    assert tags == ours[:-1] + ["script"] * 3 and ours.count("script") == 1
-    assert part["strings"][:len(HOSTILE)] == [*map(printable, HOSTILE)]
+    (tags, _, [part]), (ours, *_) = parsed(made(tmp_path / "<" / "script><img src=x>", evil)), parsed(TEMPLATE)
+    assert tags == ours[:-1] + ["script"] * 3 and part["strings"][:len(HOSTILE)] == [*map(printable, HOSTILE)]
     assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\"" in TEMPLATE.read_text()
     assert not re.search(r"https?:|\b(src|href)=|url\(|fetch\(|HTML\b|\.write\(|eval\(", TEMPLATE.read_text()[100:])
 
@@ -104,7 +104,7 @@ def test_episodes_of_an_evaluation_and_of_older_files_open_too(tmp_path):
     old = {"task": "", "won": True, "score": 1, "turns": [dict(observation="", text="a\nb", valid=True, stop="end")]}
     _, _, [part] = parsed(made(tmp_path, old, episode(turn(["x"], gap=[], gate=[], top={}), condition="with")))
     (first,), (second,) = (one["turns"] for one in part["episodes"])
-    assert [part["strings"][i] for i in first["text"]] == ["a", "b"] and second["logp"] == [-1500]
+    assert ([part["strings"][i] for i in first["text"]], second["logp"], second["text"]) == (["a", "b"], [-1500], [])
 
 
 @pytest.mark.parametrize("changes, why", [
