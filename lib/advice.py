@@ -27,6 +27,6 @@ def advice(cfg, folder, recent):
                               f"try a higher --temperature or --group_size{graded}, or clone the expert first: {clone}")
     elif always("grpo/zero_variance_groups", 1):
         found["all equal"] = (f"in every group of {PATIENCE} steps all episodes have equal returns (success "
-                              f"{recent[-1]['reward/success']:.2f}), so nothing is learned from them: these tasks are "
+                              f"{recent[-1]['reward/success']:.2f}), so eq. (1) is 0 for all of them: these tasks are "
                               "solved or too hard alike, or --temperature is too low")
     return found

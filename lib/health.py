@@ -64,6 +64,8 @@ def memory_parts(cfg, policy):
     always = {"weights": 4 * size, "AdamW": 8 * size}
     if policy.ref is not None:
         always["reference"] = 4 * size
+    if policy.ema is not None:
+        always["average"] = 4 * size
     sampling = {"keys and values": cfg.rollout_batch * row * layers * kept * each,
                 "scores": 3 * 4 * cfg.rollout_batch * config.vocab_size}
     update = {"gradients": 4 * size, "activations": max(cfg.micro_tokens, row) * (
@@ -78,7 +80,8 @@ def memory_parts(cfg, policy):
 def disk_parts(cfg, model):
     """Bytes of (a checkpoint, all that are there at once: cfg.keep, the one being written, the first)."""
     size = sum(p.numel() for p in model.parameters())  # a tied weight counts once
-    return 12 * size, (cfg.keep + 1) * 12 * size + 4 * size
+    each = (16 if cfg.teacher == "ema" else 12) * size  # weights, AdamW's moments, the average
+    return each, (cfg.keep + 1) * each + 4 * size
 
 
 def memory_there(device):

@@ -14,28 +14,27 @@ from tools import study, study_report
 
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
-words, given = sys.argv[1:], {}
-while words:
-    name = words.pop(0).removeprefix("--")
-    given[name.removeprefix("no-")] = False if name.startswith("no-") else words.pop(0)
-given = {name: json.loads(text) if text and text[0].isdigit() else text for name, text in given.items()}
+words = [word for word in sys.argv[1:] if not word.startswith("--no-")]
+given = {name[2:]: json.loads(text) if text[0].isdigit() else text for name, text in zip(words[::2], words[1::2])}
+given |= {word[5:]: False for word in sys.argv if word.startswith("--no-")}
+last, method = given["steps"], given["method"] if given["steps"] else "untrained"
 with open("played", "a") as file:
-    file.write(f"{given['method']} {given['seed']}\\n")
-if given["method"] == os.environ.get("FAILS"):
+    file.write(f"{method} {given['seed']}\\n")
+if method == os.environ.get("FAILS"):
     sys.exit("warning: slow\\nerror: The disk is full.")
 out = pathlib.Path(given["out"])
 (out / "checkpoint-2").mkdir(parents=True)
 (out / "config.json").write_text(json.dumps(given | {"provenance": {"commit": "abc"}}))
-if given["method"] == os.environ.get("STOPS"):
+if method == os.environ.get("STOPS"):
     press = lambda: os.kill(os.getppid(), signal.SIGINT)
     signal.signal(signal.SIGTERM, lambda *_: (press(), time.sleep(0.3), (out / "saved").touch(), sys.exit(130)))
     press()
     time.sleep(60)
-lines = [{"step": step, "reward/success": 0.25, "grpo/zero_variance_groups": 1.0} for step in (1, 2)]
-lines += [{"step": 0, "eval/success": 0.0}, {"step": 2, "eval/success": 0.4 if given["method"] == "grpo" else 0.8}]
+lines = [{"step": i, "reward/success": 0.25, "grpo/zero_variance_groups": 1.0} for i in range(1, last + 1)]
+lines += [{"step": last, "eval/success": {"untrained": 0.0, "grpo": 0.4, "sdar": 0.8}[method]}]
 (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 """
-ALL = ["grpo 0", "sdar 0", "grpo 1", "sdar 1"]
+ALL = [f"{arm} {seed}" for seed in (0, 1) for arm in ("untrained", "grpo", "sdar")]
 
 
 @pytest.fixture
@@ -45,8 +44,8 @@ def start(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "study.md").write_text("Asked.\n<!-- study: begin -->\nold\n<!-- study: end -->\nLimits.\n")
     regime = "A", "webshop"
-    for name, value in {"PROGRAM": [sys.executable, "stand_in.py"], "ROOT": tmp_path, "SEEDS": {regime: 2},
-                        "REGIMES": {regime: study.REGIMES[regime] | {"steps": 2}},
+    for name, value in {"PROGRAM": [sys.executable, "stand_in.py"], "ROOT": tmp_path,
+                        "SEEDS": {regime: 2}, "MORE_SEEDS": {}, "REGIMES": {regime: study.REGIMES[regime] | {"steps": 2}},
                         "FEWER_ARMS": {regime: ("grpo", "sdar_1")}}.items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(study_report, "draw", lambda made, path: path.write_text(str(len(made))))  # takes a second
@@ -74,32 +73,32 @@ def test_every_run_of_the_plan_is_a_valid_configuration_and_seeds_come_before_ar
 def test_a_study_plays_what_its_file_lacks_and_reports_from_the_file_alone(start, tmp_path, capsys):
     assert start() == 0 and played(tmp_path) == ALL
     first = records(tmp_path)
-    assert first["sdar_1", 1].items() >= {"commit": "abc", "evaluation": [[0, 0.0], [2, 0.8]], "zero_variance": 1.0,
+    assert first["sdar_1", 1].items() >= {"commit": "abc", "evaluation": [[2, 0.8]], "zero_variance": 1.0,
                                           "training": [0.25, 0.25]}.items()
     page = (tmp_path / "docs" / "study.md").read_text()
     assert page.startswith("Asked.\n<!-- ") and page.endswith(" -->\nLimits.\n") and "old" not in page
     assert "| sdar_1 | 2 | 0.400 [0.400, 0.400] | +0.200 [+0.200, +0.200] |" in page  # the area
-    assert "sdar_1 seed 1: training success 0.250, evaluation 0.00 0.80" in capsys.readouterr().out
+    assert "sdar_1 seed 1: training success 0.250, evaluation 0.80" in capsys.readouterr().out
     assert not list(tmp_path.glob("runs/**/checkpoint-*"))
     study.shutil.rmtree(tmp_path / "runs")
     (tmp_path / "results" / "study.png").unlink()
-    assert start("--report") == 0 and (tmp_path / "results" / "study.png").read_text() == "4"
-    assert start("--seeds", "3", "--arms", "sdar_1") == 0 and played(tmp_path) == [*ALL, "sdar 2"]
+    assert start("--report") == 0 and (tmp_path / "results" / "study.png").read_text() == "6"
+    assert start("--seeds", "3", "--arms", "sdar_1") == 0 and played(tmp_path) == [*ALL, "untrained 2", "sdar 2"]
     assert first.items() <= records(tmp_path).items() and start("--seeds", "0") == 2
 
 
 def test_only_an_unfinished_folder_and_changed_settings_are_played_again(start, tmp_path, monkeypatch, capsys):
     start()
     log = tmp_path / "runs" / "study" / "A" / "webshop" / "sdar_1" / "0" / "metrics.jsonl"
-    log.write_text("".join(log.read_text().splitlines(True)[:3]))  # without the last evaluation
+    log.write_text("".join(log.read_text().splitlines(True)[:2]))  # without the last evaluation
     (tmp_path / "results" / "study.json").unlink()
     descriptor = os.open(log.parent, os.O_RDONLY)
     assert try_lock(descriptor) and start() == 2 and log.exists()
     assert "Another program is writing to" in capsys.readouterr().err
     os.close(descriptor)
-    assert start() == 0 and played(tmp_path) == [*ALL, "sdar 0"] and len(records(tmp_path)) == 4
+    assert start() == 0 and played(tmp_path) == [*ALL, "sdar 0"] and len(records(tmp_path)) == 6
     monkeypatch.setitem(study.ARMS, "sdar_1", study.sdar(0.5))
-    assert start() == 0 and played(tmp_path)[5:] == ["sdar 0", "sdar 1"] and "2 runs of" in capsys.readouterr().out
+    assert start() == 0 and played(tmp_path)[7:] == ["sdar 0", "sdar 1"] and "2 runs of" in capsys.readouterr().out
 
 
 def test_a_run_that_fails_is_recorded_with_its_sentence_and_tried_again(start, tmp_path, monkeypatch, capsys):
@@ -115,10 +114,10 @@ def test_a_run_that_fails_is_recorded_with_its_sentence_and_tried_again(start, t
 def test_ctrl_c_even_twice_lets_the_children_save_and_leaves_a_valid_file(start, tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
     monkeypatch.setenv("STOPS", "sdar")
-    assert start() == 130 and list(records(tmp_path)) == [("grpo", 0)] and played(tmp_path) == ALL[:2]
+    assert start() == 130 and list(records(tmp_path)) == [("untrained", 0), ("grpo", 0)] and played(tmp_path) == ALL[:3]
     assert (tmp_path / "runs" / "study" / "A" / "webshop" / "sdar_1" / "0" / "saved").exists()
     monkeypatch.delenv("STOPS")
-    assert start() == 0 and played(tmp_path)[2:] == ["sdar 0", "grpo 1", "sdar 1"]
+    assert start() == 0 and played(tmp_path)[3:] == ALL[2:]
 
 
 def test_measures_of_a_curve_are_those_computed_by_hand():
@@ -131,11 +130,12 @@ def test_measures_of_a_curve_are_those_computed_by_hand():
 
 def test_differences_are_paired_by_seed_and_corrected_for_the_number_of_arms(tmp_path):
     final = {"grpo": [0.4, 0.6, 0.5], "gigpo": [0.5, 0.7, 0.61], "sdar_1": [0.7, 0.7, 0.4, 0.9]}
-    run = {"part": "A", "env": "webshop", "training": [0.0]}
+    run = {"part": "A", "env": "webshop", "training": [0.0], "zero_variance": 0.5, "seconds": 60,
+           "flags": {"tasks": 2, "group_size": 4, "steps": 20, "lr": 1e-4}}
     made = [run | {"arm": arm, "seed": seed, "evaluation": [[20, success]]}
             for arm, values in final.items() for seed, success in enumerate(values)]
     made += [run | {"arm": "untrained", "seed": seed, "evaluation": [[0, 0.0]], "training": []} for seed in range(4)]
-    made += [made[0] | {"arm": "rlsd", "error": "It failed."}]
+    made += [made[0] | {"arm": "rlsd", "error": "It failed."}, made[0] | {"seed": 9}]  # untrained has no seed 9
     grpo, gigpo, sdar_1 = (row for row in study_report.summary(made) if row["measure"] == "final")
     assert grpo["reached"] == 2 and "p" not in grpo and grpo["mean"] == pytest.approx(0.5)
     assert grpo["high"] == pytest.approx(0.5 + 4.302653 * 0.1 / math.sqrt(3))  # Student's t, 2 degrees of freedom
@@ -145,6 +145,9 @@ def test_differences_are_paired_by_seed_and_corrected_for_the_number_of_arms(tmp
         [0.1, 1 - t / math.sqrt(2 + t * t), 1 - t / math.sqrt(2 + t * t)])
     assert gigpo["p_holm"] == pytest.approx(2 * gigpo["p"]) and gigpo["p_sign_flip"] == 0.25
     assert (gigpo["verdict"], sdar_1["verdict"]) == ("a difference", "no difference shown")
+    text = study_report.tables(made)
+    assert "50% of grpo's groups have zero variance. 10 runs, 60 s" in text
+    assert "rlsd seed 0: FAILED: It failed." in text and text.endswith("under their seeds: 1 runs.")
     study_report.draw(made, tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
 

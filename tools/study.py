@@ -28,8 +28,7 @@ from lib.runs import handling, mean
 from lib.settings import Parser
 from tools import study_report
 
-ROOT = folders.ROOT
-PROGRAM = [sys.executable, "sdar.py"]
+ROOT, PROGRAM = folders.ROOT, [sys.executable, "sdar.py"]
 
 # ---------------------------------------------------------------------------------------------------------- the design
 
@@ -43,6 +42,7 @@ REGIMES = {  # part, environment -> size of a step, rate; a rate may be chosen o
     ("B", "alfworld"): SMALL | {"tasks": 4, "group_size": 8, "steps": 20, "lr": 4e-4}}
 SPLITS = {"webshop": "val", "search": "val", "alfworld": "valid_seen,valid_unseen"}  # none has tasks of training
 SEEDS = dict(zip(REGIMES, (10, 10, 5, 5, 5, 3)))
+MORE_SEEDS = dict.fromkeys(("untrained", "grpo", "sdar_0.01", "sdar_1", "rkl_1", "no_gate_1"), 20)  # of A, webshop
 
 
 def sdar(coef=1.0, **changes):
@@ -69,8 +69,7 @@ ARMS = {  # settings that make an arm; strengths are written out, whatever the d
     "no_skill_1": sdar(retrieval="none"),  # the teacher reads what the student reads: gap 0, gate 1/2, as at beta 0
     "shuffled_1": sdar(skills="shuffled"),
     "other_1": sdar(skills="other")}
-IN_PART_A = (study_report.UNTRAINED, "grpo", "gigpo", "sdar_0.01", "sdar_1", "rkl_1", "opid_0.001", "opid_1",
-             "no_gate_1", "shuffled_1")
+IN_PART_A = ("grpo", "gigpo", "sdar_0.01", "sdar_1", "rkl_1", "opid_0.001", "opid_1", "no_gate_1", "shuffled_1")
 FEWER_ARMS = {("A", "search"): IN_PART_A, ("A", "alfworld"): IN_PART_A} | {
     ("B", env): ("grpo", "gigpo", "sdar_0.01", "sdar_1") for env in SPLITS}  # elsewhere: all
 
@@ -79,16 +78,15 @@ RATE = "grpo_lr_"  # and a learning rate: arms of --rates, which are not reporte
 QUICK = {"tasks": 2, "group_size": 2, "steps": 2, "eval_every": 2, "eval_tasks": 8}
 
 
-# A run is a dict {part, env, arm, seed, flags}: flags are its settings except the seed. Its record in study.json adds
-# evaluation [[step, success], ..], training [success per step], ..., or the error that ended it.
-
 def key(run):
+    """A run is {part, env, arm, seed, flags}, flags being its settings except the seed. Its record in study.json adds
+    evaluation [[step, success], ..], training [success per step], ..., or the error that ended it."""
     return run["part"], run["env"], run["arm"], run["seed"]
 
 
 def settings(part, env, changes):
-    """All settings of a run except its seed: regime, two evaluations (in search, where they take little, four), the
-    arm's own. The model before training is evaluated once per seed, in an arm of its own."""
+    """All settings of a run except its seed. Two evaluations (four in search, where they take little): the untrained
+    model, from which all arms of a seed start, is evaluated in an arm of its own."""
     regime = REGIMES[part, env]
     evaluation = {"eval_every": regime["steps"] // (4 if env == "search" else 2), "eval_start": False,
                   "eval_split": SPLITS[env], "eval_tasks": 256, "eval_temperature": 0.4, "eval_greedy": False}
@@ -100,7 +98,8 @@ def arms_of(regime, chosen=None, rates=None, quick=False):
     if rates:
         flags = {name: value for name, value in settings(*regime, ARMS["grpo"]).items() if not name.startswith("eval_")}
         return {f"{RATE}{rate:g}": flags | {"lr": rate, "eval_every": 0} for rate in rates}
-    names = chosen or ((study_report.UNTRAINED, "grpo", "sdar_1") if quick else FEWER_ARMS.get(regime, ARMS))
+    names = chosen or (("grpo", "sdar_1") if quick else FEWER_ARMS.get(regime, ARMS))
+    names = dict.fromkeys((study_report.UNTRAINED, *names))  # every curve begins with its evaluation
     return {name: settings(*regime, (QUICK if quick else {}) | ARMS[name]) for name in names}
 
 
@@ -109,8 +108,13 @@ def plan(part=None, env=None, arms=None, seeds=None, rates=None, quick=False):
     an environment comes before seed 1 of any. seeds: how many instead of the study's own number."""
     return [{"part": regime[0], "env": regime[1], "arm": arm, "seed": seed, "flags": flags}
             for regime in REGIMES if part in (None, regime[0]) and env in (None, regime[1])
-            for seed in range(seeds or (1 if quick else 3 if rates else SEEDS[regime]))
-            for arm, flags in arms_of(regime, arms, rates, quick).items()]
+            for seed in range(seeds or (1 if quick else 3 if rates else max([SEEDS[regime], *MORE_SEEDS.values()])))
+            for arm, flags in arms_of(regime, arms, rates, quick).items()
+            if seeds or quick or rates or seed < seeds_of(regime, arm)]
+
+
+def seeds_of(regime, arm):
+    return MORE_SEEDS.get(arm, SEEDS[regime]) if regime == ("A", "webshop") else SEEDS[regime]
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
@@ -271,7 +275,7 @@ def reported(study):
 def report(study, out):
     """Writes study.json, study.png and the tables, in docs/study.md for the study's own folder, else <out>/study.md."""
     records = reported(study)
-    if all("error" in one for one in records):
+    if not study_report.runs_by_regime(records):
         raise UserError(f"{out / 'study.json'} holds no finished run, so there is nothing to report.")
     write_study(out, study)
     page = ROOT / "docs" / "study.md" if out.resolve() == ROOT / "results" else out / "study.md"

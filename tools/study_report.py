@@ -25,7 +25,7 @@ THRESHOLDS = {"webshop": 0.5, "search": 0.3, "alfworld": 0.3}
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 def area(run, threshold=None):
-    """Area under [[step, success], ..] by the trapezoid rule, over the length of the run: in [0, 1]."""
+    """Area under the evaluation curve by the trapezoid rule, over the length of the run: in [0, 1]."""
     curve = run["evaluation"]
     total = sum((b - a) * (y + z) / 2 for (a, y), (b, z) in itertools.pairwise(curve))
     return total / (curve[-1][0] - curve[0][0])
@@ -41,7 +41,7 @@ def final(run, threshold=None):
 
 
 def steps_to(run, threshold):
-    """The step at which a curve first reaches the threshold, on straight lines between its evaluations; if it never
+    """The step at which the curve first reaches the threshold, on straight lines between its evaluations; if it never
     does its last step, a lower bound."""
     curve = run["evaluation"]
     if curve[0][1] >= threshold:
@@ -59,17 +59,22 @@ MEASURES = {  # function, its words, digits shown
     "steps": (steps_to, "Steps until success reaches {threshold}; a run that never does counts with its length", 1)}
 
 
-def curves_by_regime(records):
+def runs_by_regime(records):
     """-> {(part, environment): {arm: {seed: record}}} of the runs that did not fail; an evaluation begins with that of
-    the untrained model under the same seed, which is a run of its own."""
-    found, whole = {}, [one for one in records if "error" not in one]
-    before = {(one["env"], one["seed"]): one["evaluation"] for one in whole if one["arm"] == UNTRAINED}
-    for one in whole:
-        if one["arm"] != UNTRAINED:
+    the untrained model under the same seed, which is a run of its own. Without that a run is left out."""
+    found = {}
+    before = {(one["env"], one["seed"]): one["evaluation"] for one in finished(records, UNTRAINED)}
+    for one in finished(records):
+        if (one["env"], one["seed"]) in before:
+            evaluation = before[one["env"], one["seed"]] + one["evaluation"]
             arms = found.setdefault((one["part"], one["env"]), {})
-            start = before[one["env"], one["seed"]] if one["evaluation"][0][0] else []
-            arms.setdefault(one["arm"], {})[one["seed"]] = one | {"evaluation": start + one["evaluation"]}
+            arms.setdefault(one["arm"], {})[one["seed"]] = one | {"evaluation": evaluation}
     return found
+
+
+def finished(records, arm=None):
+    """Records of runs that did not fail: of an arm, or of all that train."""
+    return [one for one in records if "error" not in one and (one["arm"] == arm if arm else one["arm"] != UNTRAINED)]
 
 
 def summary(records):
@@ -79,17 +84,17 @@ def summary(records):
     reached: seeds that reach the threshold. Intervals are Student's over seeds, of 95 %; differences are paired by
     seed; Holm's p allows for all arms that are compared with grpo in one environment, part and measure.
     """
-    return [row for (part, env), curves in curves_by_regime(records).items() for measure in MEASURES
-            for row in compare(part, env, measure, curves)]
+    return [row for (part, env), runs in runs_by_regime(records).items() for measure in MEASURES
+            for row in compare(part, env, measure, runs)]
 
 
-def compare(part, env, measure, curves):
-    """The rows of one regime and measure; curves: {arm: {seed: record}}."""
+def compare(part, env, measure, runs):
+    """The rows of one regime and measure; runs: {arm: {seed: record}}."""
     threshold, function, rows = THRESHOLDS[env], MEASURES[measure][0], []
-    values = {arm: {seed: function(run, threshold) for seed, run in by_seed.items()} for arm, by_seed in curves.items()}
+    values = {arm: {seed: function(one, threshold) for seed, one in by_seed.items()} for arm, by_seed in runs.items()}
     for arm, by_seed in values.items():
         center, low, high = statistics.t_interval(list(by_seed.values()))
-        reached = sum(max(success for _, success in run["evaluation"]) >= threshold for run in curves[arm].values())
+        reached = sum(max(success for _, success in one["evaluation"]) >= threshold for one in runs[arm].values())
         rows.append({"part": part, "env": env, "measure": measure, "arm": arm, "seeds": len(by_seed),
                      "reached": reached, "mean": center, "low": low, "high": high})
         seeds = sorted(by_seed.keys() & values.get("grpo", {}).keys())
@@ -115,9 +120,9 @@ def line(one):
     name = f"{one['part']} {one['env']} {one['arm']} seed {one['seed']}"
     if "error" in one:
         return f"{name}: FAILED: {one['error']}"
+    trained = f"training success {mean(one['training']):.3f}, " if one["training"] else ""
     curve = " ".join(f"{success:.2f}" for _, success in one["evaluation"])
-    return (f"{name}: training success {mean(one['training']):.3f}" + f", evaluation {curve}" * bool(curve)
-            + f" ({one['seconds']} s)")
+    return f"{name}: {trained}evaluation {curve or 'none'} ({one['seconds']} s)"
 
 
 def rates(records):
@@ -141,20 +146,25 @@ def insert(text, page):
 
 def tables(records):
     """The generated part of docs/study.md."""
-    texts = []
-    for (part, env), curves in curves_by_regime(records).items():
-        texts.append(f"### Part {part}, {NAMES[env]}\n\n{regime_text(part, env, records)}")
+    texts, regimes = [], runs_by_regime(records)
+    for (part, env), runs in regimes.items():
+        texts.append(f"### Part {part}, {NAMES[env]}\n\n{regime_text(runs)}")
         for measure, (_, words, digits) in MEASURES.items():
-            rows = compare(part, env, measure, curves)
+            rows = compare(part, env, measure, runs)
             texts.append(f"{words.format(threshold=THRESHOLDS[env])}:\n\n{table(rows, measure == 'steps', digits)}")
     texts += [line(one) for one in records if "error" in one]
+    left_out = len(finished(records)) - sum(len(arm) for runs in regimes.values() for arm in runs.values())
+    if left_out:
+        texts.append(f"Left out, since the untrained model was not evaluated under their seeds: {left_out} runs.")
     return "\n\n".join(texts)
 
 
-def regime_text(part, env, records):
-    """A regime in words: its size, its share of zero-variance groups, what its runs took."""
-    runs = [one for one in records if (one["part"], one["env"]) == (part, env) and "error" not in one]
-    flags, groups = runs[0]["flags"], [one["zero_variance"] for one in runs if one["arm"] == "grpo"]
+def regime_text(runs):
+    """A regime in words: its size, its share of zero-variance groups, what its runs took; runs: {arm: {seed: record}}.
+    """
+    groups = [one["zero_variance"] for one in runs.get("grpo", {}).values()]
+    runs = [one for by_seed in runs.values() for one in by_seed.values()]
+    flags = runs[0]["flags"]
     poor = f"; {mean(groups):.0%} of grpo's groups have zero variance" if groups else ""
     return (f"{flags['tasks']} tasks x {flags['group_size']} episodes, {flags['steps']} steps, learning rate "
             f"{flags['lr']:g}{poor}. {len(runs)} runs, {mean(one['seconds'] for one in runs):.0f} s each.")
@@ -189,14 +199,14 @@ def draw(records, path):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    regimes = curves_by_regime(records)
-    heights = [max(3.0, 0.8 + 0.19 * len(curves)) for curves in regimes.values()]
+    regimes = runs_by_regime(records)
+    heights = [max(3.0, 0.8 + 0.19 * len(runs)) for runs in regimes.values()]
     figure, panes = pyplot.subplots(len(regimes), 3, figsize=(13, sum(heights) + 0.3), squeeze=False,
                                     layout="constrained", height_ratios=heights)
-    for ((part, env), curves), (left, *right) in zip(regimes.items(), panes):
-        draw_curves(left, curves, f"Part {part}, {NAMES[env]}")
+    for ((part, env), runs), (left, *right) in zip(regimes.items(), panes):
+        draw_curves(left, runs, f"Part {part}, {NAMES[env]}")
         for pane, measure in zip(right, ("area", "final")):
-            rows = [row for row in compare(part, env, measure, curves) if "p" in row]
+            rows = [row for row in compare(part, env, measure, runs) if "p" in row]
             draw_differences(pane, rows, f"{MEASURES[measure][1]}, minus grpo's")
     figure.suptitle("Means over seeds with 95 % intervals. Differences are paired by seed; filled: Holm's p < 0.05; "
                     "grey or dashed: a control.", fontsize="small")
@@ -204,10 +214,10 @@ def draw(records, path):
     pyplot.close(figure)
 
 
-def draw_curves(pane, curves, title):
+def draw_curves(pane, runs, title):
     for arm, color in COLORS.items():
-        if arm in curves:
-            lines = [run["evaluation"] for run in curves[arm].values()]
+        if arm in runs:
+            lines = [one["evaluation"] for one in runs[arm].values()]
             steps, points = [step for step, _ in lines[0]], zip(*([success for _, success in line] for line in lines))
             centers, lows, highs = zip(*map(statistics.t_interval, points))
             pane.plot(steps, centers, "--" if arm in CONTROLS else "-", color=color, marker="o", ms=3,
