@@ -126,14 +126,14 @@ def served_rollout(server, environments, tasks, cfg, *, temperature, skills, see
             answers = server.ask([ids[0] for _, ids in prompts], temperature, seeds)
             turns = [sdar.Turn(*prompt, sdar.Response((), (), stop), text, *envs.parse_action(
                 cfg.env, text, official=not cfg.check_admissible)) for prompt, (text, stop) in zip(prompts, answers)]
-            failed = [turn.response.stop == "error" for turn in turns]
-            for r, turn in itertools.compress(zip(running, turns), failed):
-                turn.valid, r.over = False, True
-                r.episode.turns.append(turn)
-                r.episode.errors += 1
-            played = [pair for pair, no_answer in zip(zip(running, turns), failed) if not no_answer]
-            for (r, turn), result in zip(played, sdar.step_all(cfg, *zip(*played)) if played else ()):
+            played = [turn.response.stop != "error" for turn in turns]
+            steps = list(itertools.compress(running, played)), list(itertools.compress(turns, played))
+            for r, turn, result in zip(*steps, sdar.step_all(cfg, *steps)):
                 sdar.record_turn(cfg, r, turn, result)
+            for r, turn in zip(running, turns):
+                if turn.response.stop == "error":
+                    r.episode.turns.append(turn)
+                    r.episode.errors, r.over = r.episode.errors + 1, True
             over = sum(r.over for r in running)
             progress.advance(len(running) + over * (cfg.max_turns - turn_number - 1))
             running = [r for r in running if not r.over]
@@ -224,9 +224,9 @@ def training_key(result):
 
 def changes(first, second, leave_out=()):
     """What differs in two results' facts, for a message: 'seed 0 | 1, max_turns 15 | 30'."""
-    a, b = facts(first), facts(second)
-    return ", ".join(f"{name} {a.get(name)} | {b.get(name)}" for name in a | b
-                     if a.get(name) != b.get(name) and name not in leave_out)
+    a, b = facts(first), facts(second)  # an older result knows less of its training
+    return ", ".join(f"{name} {a[name]} | {b[name]}" for name in a
+                     if name in b and a[name] != b[name] and name not in leave_out)
 
 
 def compare(paths):
@@ -292,7 +292,7 @@ def parse_args(argv):
     what.add_argument("--split", "--eval_split", dest="eval_split", metavar="NAME",
                       help="of the environment's tasks (default val; alfworld: valid_unseen)")
     what.add_argument("--out", metavar="FILE",
-                      help="result file (default: eval.json in a checkpoint, else eval-<model>-<env>.json)")
+                      help="result (default: eval.json in a checkpoint, else eval-<model>-<env>.json), picture or page")
     add_options(parser, sdar.Config, set(FLAGS) - {*SAMPLING}, sdar.TABLES)
     return checked(vars(parser.parse_args(argv)))
 
@@ -318,8 +318,8 @@ def checked(options):
                         "--compare A B, --curves RUN RUN, --show RUN, or --view RUN.")
     if options.get("retrieval") == "none":
         raise UserError("--retrieval none shows no skills: use --condition without.")
-    if options.get("request_timeout", 1) <= 0:
-        raise UserError("--request_timeout must be greater than 0.")
+    if not 0 < options.get("request_timeout", TIMEOUT) <= 86_400:
+        raise UserError("--request_timeout must be greater than 0 seconds, and at most a day's, 86400.")
     return options | {"model": options.pop("served", options["model"])}
 
 

@@ -1,7 +1,8 @@
 """Learning curves of any runs in one picture, grouped by method, with bands over training seeds."""
 
-import itertools
 from collections import defaultdict
+from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from lib.results import method_of
 from lib.runs import data_label
 from lib.statistics import t_interval
 
-KINDS = {"env": str, "method": str, "seed": int, "steps": int}  # what is used of a run's settings
+KINDS = {"env": str, "method": str, "seed": int}  # what is used of a run's settings
 PANES = {"eval/success": "sampled at T={}", "eval/greedy_success": "greedy"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # told apart by all eyes
 MARKERS = "osD^vP*"
@@ -27,11 +28,12 @@ class LearningRun(NamedTuple):
 
 def read_run(path, defaults):
     """A run folder -> LearningRun, with defaults, {setting: value}, for settings that an older run lacks. UserError."""
-    path = Path(path)
-    settings = stored_settings(path)
-    wrong = "no config.json of a run" if settings is None else mismatch("config.json", settings, KINDS)
+    path, settings = Path(path), None
+    with suppress(ValueError, RecursionError):  # a damaged file
+        settings = stored_settings(path)
+    wrong = mismatch("config.json", settings, KINDS)
     if wrong:
-        raise UserError(f"{path} is not a run folder ({wrong}): give folders that --out of sdar.py named.")
+        raise UserError(f"{path} is not a run folder ({wrong}): give one that --out of sdar.py named.")
     entries = [entry for _, entry in read_lines(path / "metrics.jsonl")]
     points = {name: {entry["step"]: entry[name] for entry in entries if isinstance(entry.get(name), int | float)}
               for name in PANES}
@@ -40,27 +42,27 @@ def read_run(path, defaults):
     return LearningRun(path, defaults | settings, points)
 
 
-def grouped(found, names):
+def grouped(found, defaults):
     """Runs of one environment -> {label: runs that differ in the seed alone}. A label is the method, who analyses, and
-    those of the settings `names` in which the method's runs differ. Raises UserError for a seed that comes twice."""
+    the settings in which its runs differ, where they are not the default. UserError for a seed that comes twice."""
     methods, groups = defaultdict(list), defaultdict(list)
     for run in found:
         methods[method_of(run.settings)].append(run)
     for method, runs in methods.items():
-        differing = [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
+        differing = [name for name in defaults if len({str(run.settings[name]) for run in runs}) > 1]
         for run in runs:
-            groups[", ".join([method, *(f"{name} {run.settings.get(name)}" for name in differing)])].append(run)
-    for label, runs in groups.items():
-        for first, second in itertools.combinations(runs, 2):
-            if first.settings["seed"] == second.settings["seed"]:
-                raise UserError(f"{first.path} and {second.path} are runs of one seed ({label}, seed "
-                                f"{first.settings['seed']}), which count once: leave one out.")
+            own = [f"{name} {run.settings[name]}" for name in differing if run.settings[name] != defaults[name]]
+            groups[", ".join([method, *own])].append(run)
+    for label, first, second in ((label, *two) for label, runs in groups.items() for two in combinations(runs, 2)):
+        if first.settings["seed"] == second.settings["seed"]:
+            raise UserError(f"{first.path} and {second.path} are runs of one seed ({label}, seed "
+                            f"{first.settings['seed']}), which count once: leave one out.")
     return groups
 
 
 def band(runs, metric):
-    """-> (steps that all runs have, [steps, 3] of mean, low, high): Student's 95 % interval from three seeds on, else
-    from the least to the most."""
+    """-> (steps that all runs have, [steps, 3] of mean, low, high): from three seeds on Student's 95 % interval, else
+    least and most."""
     steps = sorted(set.intersection(*(set(run.points[metric]) for run in runs)))
     values = np.array([[run.points[metric][step] for run in runs] for step in steps]).reshape(len(steps), len(runs))
     if len(runs) >= 3:
@@ -70,20 +72,17 @@ def band(runs, metric):
 
 def draw(paths, out, defaults):
     """Draws the runs into the picture `out`: a row per environment, sampled and greedy; prints where each group ends.
-
-    defaults: {setting: value} of the settings that tell runs apart. Raises UserError.
-    """
-    matplotlib = optional("matplotlib", "matplotlib")
-    matplotlib.use("Agg")
+    defaults: {setting: value} of the settings that tell runs apart. Raises UserError."""
+    optional("matplotlib", "matplotlib").use("Agg")
     from matplotlib import pyplot
     rows = defaultdict(list)
-    for path in paths:
-        run = read_run(path, defaults)
+    for run in [read_run(path, defaults) for path in paths]:
         rows[run.settings["env"], data_label(run.settings.get("data"))].append(run)
     groups = {key: grouped(some, defaults) for key, some in rows.items()}
     styles = {label: (COLORS[number % len(COLORS)], MARKERS[number // len(COLORS) % len(MARKERS)])
               for number, label in enumerate(dict.fromkeys(label for some in groups.values() for label in some))}
-    figure, panes = pyplot.subplots(len(rows), 2, figsize=(11, 0.6 + 3.6 * len(rows)), sharey=True, squeeze=False)
+    figure, panes = pyplot.subplots(len(rows), 2, figsize=(9, 3.8 * len(rows)), sharey=True, squeeze=False,
+                                    gridspec_kw={"hspace": 0.4, "wspace": 0.06})
     for (env, tasks), row in zip(rows, panes):
         print(f"{env} ({tasks})")
         for pane, (metric, how) in zip(row, PANES.items()):
@@ -95,9 +94,8 @@ def draw(paths, out, defaults):
                       frameon=False, fontsize=9)
     for pane in panes[-1]:
         pane.set_xlabel("training step")
-    figure.tight_layout()
     try:
-        figure.savefig(out, dpi=120)
+        figure.savefig(out, dpi=120, bbox_inches="tight")
     except (OSError, ValueError) as error:
         raise UserError(f"The picture {out} cannot be written ({error}): choose another by --out.") from error
     pyplot.close(figure)
@@ -106,10 +104,9 @@ def draw(paths, out, defaults):
 
 def draw_pane(pane, groups, metric, styles):
     for label, runs in groups.items():
-        steps, values = band(runs, metric)
+        (steps, values), (color, marker) = band(runs, metric), styles[label]
         if not steps:
             continue
-        color, marker = styles[label]
         seeds = {1: "one seed", 2: "2 seeds, min to max"}.get(len(runs), f"{len(runs)} seeds, 95 % t interval")
         pane.plot(steps, values[:, 0], color=color, marker=marker, ms=4, lw=1.8, label=f"{label} ({seeds})")
         if len(runs) > 1:
@@ -120,5 +117,4 @@ def draw_pane(pane, groups, metric, styles):
     pane.set_ylim(0, 1)
     pane.xaxis.get_major_locator().set_params(integer=True)
     pane.grid(alpha=0.25, lw=0.6)
-    for side in ("top", "right"):
-        pane.spines[side].set_visible(False)
+    pane.spines[["top", "right"]].set_visible(False)

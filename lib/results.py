@@ -193,9 +193,9 @@ class Group(NamedTuple):
 
     @property
     def title(self):
-        """Method and training seeds, if there are several; else None."""
-        seeds = ", ".join(map(str, sorted(self.seeds)))
-        return f"{method_of(self.results[0]['run'])}, training seeds {seeds}," if len(self.seeds) > 1 else None
+        """Method and training seeds; None for a model that is not of a run."""
+        seeds = "s" * (len(self.seeds) > 1) + " " + ", ".join(map(str, sorted(self.seeds)))
+        return f"{method_of(self.results[0]['run'])}, training seed{seeds}," if self.seeds else None
 
     def played(self, condition):
         return [result["outcomes"][condition] for result in self.results]

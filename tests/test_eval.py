@@ -440,7 +440,7 @@ def test_learning_curves_are_grouped_by_method_with_bands_over_seeds(tmp_path, c
     assert "webshop (generated tasks, not the official ones)\n" in text and "greedy" not in text
     assert "  grpo (3 seeds, 95 % t interval), step 10: eval/success 0.400 [0.000, 1.000]\n" in text  # cut to [0, 1]
     assert "  sdar, sdar_coef 1.0 (2 seeds, min to max), step 10: eval/success 0.700 [0.500, 0.900]\n" in text
-    assert "  sdar, sdar_coef 0.01 (one seed), step 25: eval/success 0.900\n" in text
+    assert "  sdar (one seed), step 25: eval/success 0.900\n" in text
     steps, values = curves.band([curves.read_run(path, {}) for path in found[:3]], "eval/success")
     assert steps == [0, 10] and values[0] == pytest.approx([0.1] * 3)  # the steps that all have
     for argv, why in [([run_of(tmp_path / "twice", "grpo", 0, {0: 0.1})], "runs of one seed (grpo, seed 0)"),
