@@ -59,7 +59,8 @@ SAMPLING = ("eval_split", "eval_tasks", "eval_temperature")  # flags with names 
 FLAGS = (*SETTINGS, *SAMPLING, "env_timeout", "rollout_batch", "device", "threads")
 LOCAL = ("device", "dtype", "threads", "max_prompt_tokens")  # what a server decides
 # Settings of a training run that tell it apart from others, its seed aside.
-TRAINING = sorted(sdar.FIELDS.keys() - {*SETTINGS, *changeable(sdar.Config), *SAMPLING, "eval_every", "out"}) + ["step"]
+TRAINING = [name for name in sorted(sdar.FIELDS.keys() - {*SETTINGS, *changeable(sdar.Config), "out"})
+            if not name.startswith("eval_")] + ["step"]
 
 
 def evaluation_config(model, explicit):
