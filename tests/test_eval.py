@@ -443,7 +443,9 @@ def test_learning_curves_are_grouped_by_method_with_bands_over_seeds(tmp_path, c
     assert "  sdar (one seed), step 25: eval/success 0.900\n" in text
     steps, values = curves.band([curves.read_run(path, {}) for path in found[:3]], "eval/success")
     assert steps == [0, 10] and values[0] == pytest.approx([0.1] * 3)  # the steps that all have
-    for argv, why in [([run_of(tmp_path / "twice", "grpo", 0, {0: 0.1})], "runs of one seed (grpo, seed 0)"),
+    torn = str(written(tmp_path / "torn", {"config.json": '{"provenance": '}))
+    for argv, why in [([torn], "torn is not a run folder"),
+                      ([run_of(tmp_path / "twice", "grpo", 0, {0: 0.1})], "runs of one seed (grpo, seed 0)"),
                       ([run_of(tmp_path / "empty", "grpo", 9, {})], "has no evaluation"),
                       (["--out", str(tmp_path / "no" / "c.png")], "cannot be written")]:
         refused(evaluation.main, ["--curves", *found, *argv], why, capsys)
