@@ -184,7 +184,7 @@ SERVED = ("--endpoint", "http://127.0.0.1:9", "--model", "m")
 
 
 @pytest.mark.parametrize("argv, why", [
-    ((), "Give a model"), (("tiny", "--compare", "a", "b"), "does not go with model"),
+    ((), "Give a model"), (("tiny", "--compare", "a", "b"), "does not go with MODEL"),
     (("--compare", "a", "b", "--seed", "1"), "does not go with seed"), (("tiny", "--repeats", "0"), "--repeats"),
     (("tiny", "--repeats", "2", "--temperature", "0"), "--repeats"), (("tiny", "--temperature", "-1"), "temperature"),
     (("tiny", "--tasks", "1000000"), "tasks"), (("tiny", "--retrieval", "none"), "--condition without"),
@@ -270,7 +270,7 @@ def test_episodes_can_be_read_turn_by_turn_as_the_model_saw_them(model_folder, t
     for argv, why in [(["--show", str(run), "--step", "77"], "no episodes of step 77; it has those of 1, 3, 4"),
                       (["--show", "nowhere"], "nowhere"), (["--show", str(out), "--step", "1"], "is a file"),
                       (["--show", str(run / "metrics.jsonl")], "is not a file of episodes"),
-                      (["tiny", "--lost"], "--lost needs --show"), (["tiny", "--show", "x"], "does not go with model")]:
+                      (["tiny", "--lost"], "--lost needs --show"), (["tiny", "--show", "x"], "does not go with MODEL")]:
         refused(evaluation.main, argv, why, capsys)
 
 
