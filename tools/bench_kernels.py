@@ -197,12 +197,12 @@ def report_roofline(n=8192):
 # ------------------------------------------------------------------------------------------------------------- compile
 # What ptxas or the AMD assembler makes of each kernel that would be chosen, found out without a GPU.
 
-TARGETS = {  # architecture: (triton backend, its name there, warp size, bytes of shared memory a block may have)
-    "sm_80": ("cuda", 80, 32, 163 * 1024),
-    "sm_89": ("cuda", 89, 32, 99 * 1024),
-    "sm_90": ("cuda", 90, 32, 227 * 1024),
-    "sm_100": ("cuda", 100, 32, 227 * 1024),
-    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+TARGETS = {  # architecture: (triton's backend, name there, warp size, bytes of shared memory per block, key of TILES)
+    "sm_80": ("cuda", 80, 32, 163 * 1024, "sm_80"),
+    "sm_89": ("cuda", 89, 32, 99 * 1024, "sm_80"),
+    "sm_90": ("cuda", 90, 32, 227 * 1024, "sm_90"),
+    "sm_100": ("cuda", 100, 32, 227 * 1024, "sm_90"),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024, "gfx942"),
 }
 TENSOR_CORES = {  # the instruction that shows that matrix units are used
     "sm_80": "mma.sync",
@@ -214,12 +214,13 @@ TENSOR_CORES = {  # the instruction that shows that matrix units are used
 
 
 def kernel_variants():
-    """name in kernels.TILES -> (kernel, its compile-time flags): every kernel that a call can launch."""
-    forward = {name: (kernels._forward_kernel, {"PAIR": pair, "KL": kl})
-               for name, pair, kl in (("one_sided", False, False), ("pair", True, False), ("pair_kl", True, True))}
-    gradient = {"gradient": (kernels._gradient_kernel, {"DIVERGENCE": "none"})}
-    gradient |= {f"gradient_{name}": (kernels._gradient_kernel, {"DIVERGENCE": name}) for name in DIVERGENCES}
-    return forward | {"mixture": (kernels._mixture_kernel, {})} | gradient
+    """name -> (kernel, its compile-time flags, whether it reads both sides): every kernel of products that a call can
+    launch."""
+    forward = {name: (kernels._forward_kernel, {"PASS": name}, name == "pair")
+               for name in ("student", "teacher", "pair")}
+    gradient = {f"gradient, {name}": (kernels._gradient_kernel, {"DIVERGENCE": name}, name != "none")
+                for name in ("none", *DIVERGENCES)}
+    return forward | {"mixture": (kernels._mixture_kernel, {}, True)} | gradient
 
 
 def compile_variant(name, arch, half, tile=None):
@@ -227,16 +228,16 @@ def compile_variant(name, arch, half, tile=None):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, flags = kernel_variants()[name]
-    tile = tile or kernels.choose_tile(name, arch, half)
-    constants = flags | {"BLOCK_N": tile.rows, "BLOCK_V": tile.cols, "BLOCK_D": tile.depth}
+    kernel, flags, pair = kernel_variants()[name]
+    tile = tile or kernels.TILES[TARGETS[arch][4]][2 * (not half) + pair]
+    constants = flags | {"BLOCK_N": tile.rows, "BLOCK_V": tile.cols, "BLOCK_D": tile.depth, "PRECISION": tile.precision}
     types = dict.fromkeys(("student", "teacher", "weight", "out"), "*bf16" if half else "*fp32")
-    types |= dict.fromkeys(("partials", "normalisers", "per_token"), "*fp32") | {"targets": "*i64", "scale": "fp32"}
+    types |= dict.fromkeys(("partials", "per_token"), "*fp32") | {"targets": "*i64", "scale": "fp32"}
     signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
     aligned = [i for i, (arg, kind) in enumerate(signature.items())
                if kind.startswith("*") or arg == "D" or arg.startswith("stride")]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    backend, chip, warp, limit = TARGETS[arch]
+    backend, chip, warp, limit, _ = TARGETS[arch]
     compiled = triton.compile(source, target=GPUTarget(backend, chip, warp),
                               options={"num_warps": tile.warps, "num_stages": tile.stages})
     read = read_amdgcn if backend == "hip" else read_ptx
@@ -272,7 +273,7 @@ def report_compile():
     """Every kernel that would be chosen, for every architecture that has a tile and both kinds of dtype."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # silences triton 3.9's warning about this very default
     return [compile_variant(name, arch, half)
-            for arch in kernels.OWN_TILES for half in (True, False) for name in kernel_variants()]
+            for arch in TARGETS for half in (True, False) for name in kernel_variants()]
 
 
 # ---------------------------------------------------------------------------------------------------- measured reports
