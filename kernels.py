@@ -688,8 +688,9 @@ if triton is not None:
             s, q = _log2_probs(z, per_token, 0, rows, N, scale), _log2_probs(zt, per_token, 2, rows, N, scale)
             d = q - s
             lower = 1.0 - tl.log2(1.0 + tl.exp2(-tl.abs(d)))  # the smaller of both, above the mean
-            of_student += tl.sum(tl.exp2(s) * (lower - tl.maximum(d, 0.0)), 1)
-            of_teacher += tl.sum(tl.exp2(q) * (lower + tl.minimum(d, 0.0)), 1)
+            p, pt = tl.exp2(s), tl.exp2(q)
+            of_student += tl.sum(p * (lower - tl.maximum(d, 0.0)), 1)
+            of_teacher += tl.sum(pt * (lower + tl.minimum(d, 0.0)), 1)
         _store(partials, 0, of_student * LN2, rows, strip, strips, N)
         _store(partials, 1, of_teacher * LN2, rows, strip, strips, N)
 
@@ -706,9 +707,7 @@ if triton is not None:
         s = _log2_probs(z, per_token, 0, rows, N, scale)
         p, entropy = tl.exp2(s), _column(per_token, 2, rows, N)
         g_logp, g_ent = _column(per_token, 3, rows, N), _column(per_token, 4, rows, N)
-        y = tl.load(targets + tl.minimum(rows, N - 1)).to(tl.int32) - first
         dz = p * ((-g_logp - g_ent * entropy) - (g_ent * LN2) * s)
-        dz = tl.where(cols[None, :] == y[:, None], dz + g_logp, dz)
         if DIVERGENCE != "none":
             q = _log2_probs(zt, per_token, 5, rows, N, scale)
             centre, g_div = _column(per_token, 7, rows, N), _column(per_token, 8, rows, N)
@@ -718,7 +717,9 @@ if triton is not None:
             dz += g_div * (p - tl.exp2(q))
         if DIVERGENCE == "jsd":
             above = 1.0 - tl.maximum(q - s, 0.0) - tl.log2(1.0 + tl.exp2(-tl.abs(q - s)))  # log2 of p over the mean
-            dz += p * ((g_div * (0.5 * LN2)) * above - (0.5 * g_div) * centre)
+            dz += (0.5 * g_div) * (p * (above * LN2 - centre))
+        y = tl.load(targets + tl.minimum(rows, N - 1)).to(tl.int32) - first - part * BLOCK_V
+        dz = tl.where(tl.arange(0, BLOCK_V)[None, :] == y[:, None], dz + g_logp, dz)
         tl.store(out + rows[:, None] * stride_out + cols[None, :], dz.to(out.dtype.element_ty))
 
 
