@@ -29,14 +29,13 @@ onehot - p is formed in fp32, and dz is rounded once, to the dtype that is multi
 with dz of one chunk at a time in a buffer: its part of dW is written once, and dh is summed in fp32. The teacher's
 logits are recomputed only for a divergence.
 
-Memory. Besides results and gradients there are buffers of one vocabulary chunk by one token chunk, the fp32 sums of dh,
-and a few numbers per token: nothing grows with V. On CPUs the forward pass keeps the first chunks' logits while they
-fit in KEEP_BYTES, so that small problems compute nothing twice. Ignored tokens are dropped before the first product:
-they cost nothing and give zeros, and neither their hidden states nor their upstream gradients may spoil a result.
+Memory. Besides results and gradients: buffers of one vocabulary chunk by one token chunk, the fp32 sums of dh, a few
+numbers per token; nothing grows with V. On CPUs the first chunks' logits are kept for the backward pass while they fit
+in KEEP_BYTES. Ignored tokens are dropped before the first product: they cost nothing, give zeros, and may hold NaN.
 
-Limits. Arithmetic is fp32 (fp64 where student or weight is fp64, torch backend only). Hidden states are promoted to the
-weight's dtype where that is wider. Half-precision products are summed in fp32 on GPUs; on CPUs, where they are slow,
-each chunk is copied to fp32. fp16 dz may underflow without loss scaling. Only first derivatives.
+Limits. Arithmetic is fp32 (fp64, by torch alone, where student or weight is). Hidden states are promoted to the dtype
+of a wider weight. Products of half-precision operands are summed in fp32; on CPUs, where they are slow, each chunk is
+copied to fp32. fp16 dz may underflow without loss scaling. Only first derivatives.
 """
 
 import math
@@ -57,7 +56,7 @@ except ImportError:  # torch's CPU builds come without it, and the torch backend
 IGNORE = -100  # the target that torch.nn.functional.cross_entropy ignores
 GATES = ("gap", "entropy", "soft_or", "none")
 DIVERGENCES = ("rkl", "fkl", "jsd")
-GPU_CHUNK = 8192  # tokens, and vocabulary columns, per chunk on a GPU: products large enough to fill it
+GPU_CHUNK = 8192  # tokens, and vocabulary columns, per chunk on a GPU: fills it, and a chunk has 32-bit offsets
 MAX_STRIPS = 64  # parts of the vocabulary whose statistics triton computes in parallel
 KEEP_BYTES = 7 * 2**25  # 224 MiB of logits may be kept from forward to backward on a CPU
 
@@ -597,8 +596,7 @@ if triton is not None:
         """
         cols = first + tl.arange(0, BLOCK_V)
         depth = tl.arange(0, BLOCK_D)[None, :]
-        z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        zt = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        z, zt = tl.zeros((BLOCK_N, BLOCK_V), tl.float32), tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         s_at = _row(student, tl.minimum(rows, N - 1), stride_s) + depth
         t_at = _row(teacher, tl.minimum(rows, N - 1), stride_t) + depth
         w_at = _row(weight, tl.minimum(cols, V - 1), stride_w) + depth
@@ -627,9 +625,8 @@ if triton is not None:
     def _forward_kernel(student, teacher, weight, partials, N, D, V, tiles, stride_s, stride_t, stride_w, scale,
                         PASS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
                         BLOCK_D: tl.constexpr):
-        """Statistics of each strip of `tiles` tiles of the vocabulary, partials [fields, strips, N]: `chunk_statistics`
-        and `merge`, tile by tile, without the targets' logits. PASS: "student" or "teacher", whose hidden states are
-        then `student`, alone; or "pair", with CROSS."""
+        """`chunk_statistics` except zy of each strip of `tiles` tiles, partials [fields, strips, N]. PASS: "pair", or one
+        side, "student" or "teacher", whose hidden states are `student`."""
         rows, strip, strips = _place(N, BLOCK_N)
         m, s = tl.full((BLOCK_N,), LOWEST, tl.float32), tl.zeros((BLOCK_N,), tl.float32)
         mt, st, e, r, f = m, s, s, s, s
@@ -737,7 +734,7 @@ class Tile(NamedTuple):
 # The largest tiles found that triton 3.6 and 3.9 compile without spills (`python -m tools.bench_kernels compile`).
 # A dtype has a single depth: both passes must sum a logit in the same order, or else p would not sum to 1.
 TILES = {  # the oldest architecture that has them: for kernels that read one side, and both; the same in fp32
-    "sm_80": (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2)),
+    "sm_80": (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 8, 2), Tile(32, 64, 32, 4, 2)),
     "sm_90": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 3, "tf32x3"),
               Tile(128, 64, 32, 8, 3, "tf32x3")),
     "gfx942": (Tile(128, 256, 64, 8, 2), Tile(128, 128, 64, 8, 2), Tile(128, 128, 32, 8, 2), Tile(128, 64, 32, 8, 2)),
@@ -747,19 +744,16 @@ TILES = {  # the oldest architecture that has them: for kernels that read one si
 def tile_for(problem, pair):
     """The tile of a kernel that reads one side or, with `pair`, both. A single fp32 operand makes products fp32."""
     device, architecture = problem.weight.device, "sm_80"  # in the interpreter: any
-    if device.type == "cuda" and torch.version.hip:
-        architecture = "gfx942"
-    elif device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
-        architecture = "sm_90"  # 12, a consumer's Blackwell, has the shared memory and instructions of 8
+    if device.type == "cuda":  # a consumer's Blackwell, 12, has the shared memory and the instructions of 8
+        hopper = torch.cuda.get_device_capability(device)[0] in (9, 10)
+        architecture = "gfx942" if torch.version.hip else "sm_90" if hopper else "sm_80"
     fp32 = torch.float32 in [x.dtype for x in (problem.student, problem.teacher) if x is not None]
     return TILES[architecture][2 * fp32 + pair]
 
 
 def launch(kernel, problem, tile, parts, arguments, integer, **flags):
-    """Runs a kernel on (blocks of tokens) x (parts of the vocabulary) programs.
-
-    arguments: those between weight and N; integer: the one after N, D, V.
-    """
+    """Runs a kernel on (blocks of tokens) x (parts of the vocabulary) programs. arguments: those between weight and N;
+    integer: the one after N, D, V."""
     student, weight = problem.student, problem.weight
     teacher = student if problem.teacher is None else problem.teacher  # never read where there is none
     kernel[(triton.cdiv(len(student), tile.rows) * parts,)](
@@ -770,9 +764,9 @@ def launch(kernel, problem, tile, parts, arguments, integer, **flags):
 
 
 def by_strips(kernel, problem, pair, fields, *tensors, **flags):
-    """What a kernel finds in each strip of the vocabulary, [fields, strips, n]; zeros where it finds nothing.
-    Up to MAX_STRIPS strips, or one per processor: as many as let all processors finish first, and of those the fewest.
-    """
+    """What a kernel finds in each strip of the vocabulary, [fields, strips, n]; zeros where it writes nothing.
+
+    There are up to MAX_STRIPS strips, or one per processor: what finishes first, and of equals the fewest."""
     weight, n, tile = problem.weight, len(problem.targets), tile_for(problem, pair)
     blocks, tiles = triton.cdiv(n, tile.rows), triton.cdiv(len(weight), tile.cols)
     processors = torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 2
@@ -789,7 +783,7 @@ def triton_forward(problem, keep_bytes):
     """`torch_forward` by kernels; keeps nothing. The KLs need both sides at once; else a pass per side is as fast."""
     if len(problem.targets) == 0:
         return torch_forward(problem, 0)  # a grid may not be empty
-    fields, weight = fields_of(problem), problem.weight
+    fields, weight, y = fields_of(problem), problem.weight, problem.targets
     if "r" in fields:
         partials = by_strips(_forward_kernel, problem, True, len(fields), PASS="pair")
     else:
@@ -799,10 +793,8 @@ def triton_forward(problem, keep_bytes):
             partials = torch.cat([partials, by_strips(_forward_kernel, other, False, len(TEACHER), PASS="teacher")])
     for hidden, zy in ((problem.student, 3), (problem.teacher, 6)):
         if hidden is not None:  # into the first strip; zy of the others stays zero
-            _target_kernel[(triton.cdiv(len(hidden), 16),)](
-                hidden, weight, problem.targets, partials[zy], *hidden.shape, hidden.stride(0), weight.stride(0),
-                problem.scale, BLOCK_N=16, BLOCK_D=128,
-            )
+            _target_kernel[(triton.cdiv(len(hidden), 16),)](hidden, weight, y, partials[zy], *hidden.shape,
+                                                            hidden.stride(0), weight.stride(0), problem.scale, 16, 128)
     whole = merge(partials, fields)
     scores = finish(whole, fields, problem.divergence)
     if problem.divergence != "jsd":
