@@ -625,8 +625,8 @@ if triton is not None:
     def _forward_kernel(student, teacher, weight, partials, N, D, V, tiles, stride_s, stride_t, stride_w, scale,
                         PASS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
                         BLOCK_D: tl.constexpr):
-        """`chunk_statistics` except zy of each strip of `tiles` tiles, partials [fields, strips, N]. PASS: "pair", or one
-        side, "student" or "teacher", whose hidden states are `student`."""
+        """`chunk_statistics` except zy of each strip of `tiles` tiles, partials [fields, strips, N].
+        PASS: "pair"; or one side, "student" or "teacher", whose hidden states are `student`."""
         rows, strip, strips = _place(N, BLOCK_N)
         m, s = tl.full((BLOCK_N,), LOWEST, tl.float32), tl.zeros((BLOCK_N,), tl.float32)
         mt, st, e, r, f = m, s, s, s, s
@@ -734,7 +734,7 @@ class Tile(NamedTuple):
 # The largest tiles found that triton 3.6 and 3.9 compile without spills (`python -m tools.bench_kernels compile`).
 # A dtype has a single depth: both passes must sum a logit in the same order, or else p would not sum to 1.
 TILES = {  # the oldest architecture that has them: for kernels that read one side, and both; the same in fp32
-    "sm_80": (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 8, 2), Tile(32, 64, 32, 4, 2)),
+    "sm_80": (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 8, 2), Tile(32, 64, 32, 8, 2)),
     "sm_90": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 3, "tf32x3"),
               Tile(128, 64, 32, 8, 3, "tf32x3")),
     "gfx942": (Tile(128, 256, 64, 8, 2), Tile(128, 128, 64, 8, 2), Tile(128, 128, 32, 8, 2), Tile(128, 64, 32, 8, 2)),

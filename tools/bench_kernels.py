@@ -254,7 +254,8 @@ TENSOR_CORES = {  # the instruction that shows that matrix units are used
 def kernel_variants():
     """name -> (kernel, its compile-time flags): every kernel of products that a call can launch."""
     forward = {name: (kernels._forward_kernel, {"PASS": name}) for name in ("student", "teacher", "pair")}
-    gradient = {f"gradient, {name}": (kernels._gradient_kernel, {"DIVERGENCE": name}) for name in ("none", *DIVERGENCES)}
+    gradient = {f"gradient, {name}": (kernels._gradient_kernel, {"DIVERGENCE": name})
+                for name in ("none", *DIVERGENCES)}
     return forward | {"mixture": (kernels._mixture_kernel, {})} | gradient
 
 
