@@ -1,4 +1,4 @@
-"""Plays the fixed evaluation set with one model, with and without skills in its prompt, and compares two such results.
+"""Plays the fixed evaluation set with one model, with and without skills in its prompt, and compares such results.
 
     python eval.py tiny
 

@@ -11,20 +11,20 @@ each other; and the same model, shown skill text that the student does not see, 
 
 Agg(z) is the sum over all response tokens of an optimiser step divided by their number.
 
-    symbol        name here             meaning
-    R, A          return, advantage     10 if the task was won, else 0; normalised within the group
-    r, e          ratio, clip           current policy against the one that sampled; how far it may move a token
-    D, g          gap, gate             teacher's minus student's log-prob of a sampled token; its weight in (0, 1)
-    H             entropy               of the student's next-token distribution
-    lambda, beta  sdar_coef, gate_beta  weight of the last term, sharpness of the gate
-    c_kl, c_ent   kl_coef, entropy_coef   weights of the KL term and of the entropy bonus
-    c_inv         invalid_penalty         subtracted from the advantage of an invalid turn
+    symbol        name here              meaning
+    R, A          return, advantage      10 if the task was won, else 0; normalised within the group
+    r, e          ratio, clip            current policy against the one that sampled; how far it may move a token
+    D, g          gap, gate              teacher's minus student's log-prob of a sampled token; its weight in (0, 1)
+    H             entropy                of the student's next-token distribution
+    lambda, beta  sdar_coef, gate_beta   weight of the last term, sharpness of the gate
+    c_kl, c_ent   kl_coef, entropy_coef  weights of the KL term and of the entropy bonus
+    c_inv         invalid_penalty        subtracted from the advantage of an invalid turn
 
 One row is one turn: prompt ids (task, short history, observation) -> response ids.
 The last term of (5) has the gradient -lambda Agg(g grad logp): a gate-weighted likelihood of the student's own samples.
 On-policy samples have E[grad logp] = 0, so in expectation g acts as g - 1/2 = tanh(beta D / 2) / 2, a bounded and odd
 reward for what the skilled teacher prefers, about lambda beta / 4 times the gradient of the reverse KL for small gaps;
-at beta = 0 it is pure noise.
+at beta = 0 its expected gradient is 0: pure noise.
 
 Absent on purpose: a critic, a replay buffer, gradients through gate or teacher, re-tokenised responses.
 
@@ -45,7 +45,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import lib  # noqa: F401  before torch, whose threads wait as it says
+import lib  # noqa: F401  before torch: it sets how torch's idle threads wait
 import envs
 import kernels
 from lib import agreement, folders, health, hindsight, models, progress, runs
@@ -60,7 +60,7 @@ from lib.tasks import Task, count_tasks, evaluation_set_hash, reset_env, step_en
 __version__ = "0.3.0"
 
 # E episodes · B rows (a row is one turn of an episode) · T response tokens of a row · N those of a micro-batch
-# S packed sequences · L their length · P prompt tokens · D hidden size · V vocabulary
+# S packed sequences · L their length · P prompt tokens · D hidden size (in shapes; elsewhere the gap) · V vocabulary
 
 
 # ------------------------------------------------------------------------------------------------ advantages and losses
@@ -88,8 +88,8 @@ def policy_loss(logp, old_logp, advantages, mask, *, num_tokens, clip=0.2, dual_
     """Eq. (2): PPO's clipped surrogate with dual clip, summed over mask and divided by num_tokens.
 
     logp, old_logp, mask: [B, T] (or any one shape); advantages: the same shape, or [B] for one value per row.
-    num_tokens: response tokens of the whole optimiser step, so that micro-batches add up. Returns (loss, metrics);
-    metrics are shares of num_tokens, so they add up over micro-batches too.
+    num_tokens: response tokens of the whole optimiser step. Returns (loss, metrics), both divided by it, so that
+    micro-batches add up.
     """
     if advantages.dim() < logp.dim():
         advantages = advantages.unsqueeze(-1)  # [B, 1]
@@ -153,11 +153,11 @@ METHODS = {
     "grpo": UNTAUGHT,
     "gigpo": UNTAUGHT | {"gigpo_weight": 1.0, "advantage_stats": "episode"},  # arXiv 2505.10978
     "sdar": {},
-    "opsd": {"pg_coef": 0.0, "surrogate": "opsd"},  # distillation without rewards
+    "opsd": {"pg_coef": 0.0, "surrogate": "opsd"},  # distillation without rewards, and without gate
     "grpo_opsd": {"surrogate": "opsd"},
     "skill_grpo": UNTAUGHT | {"retrieval": "type", "student_skills": True},
-    "rlsd": {"sdar_coef": 0.0, "teacher": "rollout", "rlsd_mix": 0.5},
-    "skill_sd": {"sdar_coef": 0.001, "teacher": "rollout", "surrogate": "k3"},
+    "rlsd": {"sdar_coef": 0.0, "teacher": "rollout", "rlsd_mix": 0.5},  # arXiv 2604.03128
+    "skill_sd": {"sdar_coef": 0.001, "teacher": "rollout", "surrogate": "k3"},  # its k3, not that of eq. (3)
     "opid": {"sdar_coef": 0.0, "teacher": "rollout", "retrieval": "none", "analyser": "rules",  # arXiv 2606.26790
              "opid_episode_weight": 0.001, "opid_step_weight": 0.001}}
 
@@ -201,29 +201,34 @@ class Config:
     updates: int = option(1, "optimiser steps per batch", at_least=1)
     sdar_coef: float = option(0.01, "lambda of eq. (5)", at_least=0)
     gate_beta: float = option(5.0, "beta of eq. (4)", at_least=0)
-    sdar_decay: int = option(0, "steps in which lambda falls linearly to 0, 0: never", at_least=0)
+    sdar_decay: int = option(0, "steps over which lambda falls linearly to 0; 0: it stays", at_least=0)
     gate: str = option("gap", "gate of eq. (4)", choices=kernels.GATES)
-    surrogate: str = option("mle", "weight of -logp in eq. (5), Skill-SD's k3, or the exact divergence to the teacher, "
-                            "gate-weighted", choices=(*SURROGATES, "k3", *kernels.DIVERGENCES))
-    distill: str = option("all", "episodes with the last term of (5): all, lost ones, those of zero-variance groups",
+    surrogate: str = option("mle", "last term of (5): the weight of -logp (mle: g, centered: g - 1/2, gap: g D, opsd: "
+                            "D), Skill-SD's loss (k3), or an exact divergence to the teacher, gate-weighted",
+                            choices=(*SURROGATES, "k3", *kernels.DIVERGENCES))
+    distill: str = option("all", "episodes that the last term of (5) acts on: all, lost ones, or zero-variance groups",
                           choices=("all", "failed", "zero_variance"))
-    teacher: str = option("live", "teacher's weights: current, before the step's first update, the initial ones, or an "
-                          "exponential moving average", choices=("live", "rollout", "ref", "ema", "none"))
-    ema: float = option(0.99, "share of its old weights that the average keeps per step", at_least=0, at_most=1)
+    teacher: str = option("live", "the teacher's weights: current (live), as before the step's first update (rollout), "
+                          "initial (ref), or an exponential moving average (ema); none: no teacher",
+                          choices=("live", "rollout", "ref", "ema", "none"))
+    ema: float = option(0.99, "--teacher ema: share of the old average that is kept per step", at_least=0, at_most=1)
     teacher_prompt: str = option("message", "skills inside the user message, or as raw text before the chat template "
                                  "and cut from the left", choices=("message", "raw"))
-    retrieval: str = option("type", "skills that are shown: general and those of the task's type, of keywords in the "
-                            "task, of the best file so far (ucb), all, of a random file, or none", choices=STRATEGIES)
+    retrieval: str = option("type", "skills that are shown: general.md and the file of the task's type, the files with "
+                            "a keyword in the task, the most promising file so far (ucb), all files (full), or a "
+                            "random one; none: no skills", choices=STRATEGIES)
     skills: str | None = option(None, "folder with general.md and a file per task type, default: data/skills/<env>; or "
-                                "a control: its words shuffled, or the other text, of another task type")
+                                "a control: shuffled (its words in another order), other (general.md and another task "
+                                "type's file)")
     student_skills: bool = option(False, "show the skills to the student while it trains")
     gigpo_weight: float = option(0.0, "weight of GiGPO's step advantages", group="other methods", at_least=0)
-    gigpo_gamma: float = option(0.95, "discount of their returns", at_least=0, at_most=1)
+    gigpo_gamma: float = option(0.95, "discount of the returns that they compare", at_least=0, at_most=1)
     gigpo_std: bool = option(False, "divide them by their group's standard deviation, too")
     rlsd_mix: float = option(0.0, "share of RLSD's token weights in the advantage", at_least=0, at_most=1)
     rlsd_clip: float = option(0.2, "how far a token weight may be from 1", at_least=0, at_most=1)
-    rlsd_decay: int = option(100, "steps in which that share falls linearly to 0, 0: never", at_least=0)
-    analyser: str = option("none", "who writes OPID's hindsight skills", choices=("none", "rules", "policy"))
+    rlsd_decay: int = option(100, "steps over which that share falls linearly to 0; 0: it stays", at_least=0)
+    analyser: str = option("none", "who writes OPID's hindsight skills: rules, or the policy",
+                           choices=("none", "rules", "policy"))
     opid_episode_weight: float = option(0.0, "weight of the gap under an episode's skill in the advantage", at_least=0)
     opid_step_weight: float = option(0.0, "weight of the gap under a step's skill in the advantage", at_least=0)
     steps: int = option(150, "training steps", group="optimisation", at_least=0, resume=True)
@@ -244,7 +249,7 @@ class Config:
     out: str | None = option(None, "run folder; default: the first free of runs/<env>-<method>-<seed>, ...-2, ...-3",
                              group="commands")
     save_every: int = option(10, "steps between checkpoints", group="run folder", at_least=1, resume=True)
-    keep: int = option(2, "checkpoints that stay, the first one besides", at_least=1, resume=True)
+    keep: int = option(2, "newest checkpoints that stay, besides the first one", at_least=1, resume=True)
     episodes_every: int = option(10, "steps between dumps of episodes; the last step's stay", at_least=1, resume=True)
     report_to: str = option("none", "also send metrics to", choices=("none", "wandb", "tensorboard"), resume=True)
 
@@ -594,7 +599,7 @@ class Episode:
     turns: list
     goal: str = ""  # the task in words
     teacher_prompt: str = ""  # what the task's own row has for the teacher
-    name: str = ""  # the same in every run: all that chance in it depends on
+    name: str = ""  # seed, task, number among its group: all that its sampling noise follows from
     won: bool = False
     score: float = 0.0
     done: bool = False  # False: out of turns
@@ -755,7 +760,10 @@ def episode_return(cfg, episode):
 
 
 def make_rows(policy, cfg, episodes, skills):
-    """Episodes -> (rows, metrics): advantages, and the teacher's prompts."""
+    """Episodes -> (rows, one per turn, with its advantage and the teacher's prompt; metrics).
+
+    skills/missing: share of turns whose skill text is empty or not whole in the prompt that is to show it.
+    """
     advantages, metrics = turn_advantages(cfg, episodes)
     texts, more = skill_texts(policy, cfg, episodes, skills)
     rows, prompts, missing = [], {}, 0  # equal turns have equal teacher prompts: each is made once
@@ -893,14 +901,15 @@ def response_logp(policy, model, rows, cfg, teacher=False):
 
 
 def hidden_states(policy, model, rows, cfg, teacher):
-    """Yields (rows, what predicts their tokens [N, D], the head's weight [V, D], targets [N]) of each micro-batch."""
+    """Yields (rows, hidden states that predict their tokens [N, D], head's weight [V, D], targets [N]) of each
+    micro-batch."""
     for micro_batch in micro_batches(rows, cfg.micro_tokens, policy.packs):
         batch = pack_rows(policy, micro_batch, teacher)
         yield list(itertools.chain(*micro_batch)), *head_inputs(policy, model, batch), batch.targets
 
 
 def note_likeliest(policy, rows, cfg):
-    """Notes in each row which tokens student and teacher hold likeliest, for the files of episodes."""
+    """Notes in each row the likeliest tokens of student and teacher, for the dump of episodes."""
     teacher = {"none": None, "ref": policy.ref, "ema": policy.ema}.get(cfg.teacher, policy.model)
     with torch.no_grad(), torch.random.fork_rng():  # models that draw numbers of their own draw the same afterwards
         for side, model in ("student", policy.model), ("teacher", teacher):
@@ -1033,14 +1042,14 @@ def train_step(policy, optimizer, rows, cfg, step):
 
 
 def scheduled(cfg, step):
-    """cfg with the coefficients of step 0, 1, ..: two may fall linearly to 0."""
+    """cfg with sdar_coef and rlsd_mix as of step 0, 1, ..: both may fall linearly to 0."""
     left = lambda steps: max(0.0, 1 - step / steps) if steps else 1.0
     return dataclasses.replace(cfg, sdar_coef=cfg.sdar_coef * left(cfg.sdar_decay),
                                rlsd_mix=cfg.rlsd_mix * left(cfg.rlsd_decay))
 
 
 def learning_rate(cfg, step):
-    """Of step 0, 1, ..: a linear warm-up, then constant, or falling to 0: no late step undoes what many have taught."""
+    """Of step 0, 1, ..: a linear warm-up, then constant, or falling linearly to 0 at cfg.steps."""
     rate = cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1))
     return rate * (1 - step / cfg.steps) if cfg.lr_schedule == "linear" else rate
 

@@ -90,7 +90,7 @@ def library(folder, task_types, how, control=None):
     general, files = read_skills(folder, task_types)
     if control == "shuffled":  # the same words in another order
         general, files = shuffled(general), {kind: shuffled(text) for kind, text in files.items()}
-    if control == "other":  # the text of another task type
+    if control == "other":  # another task type's file beside the same general.md
         if len(files) < 2:
             raise UserError("--skills other needs at least two task types: leave it out.")
         files = dict(zip(files, [*list(files.values())[1:], files[next(iter(files))]]))

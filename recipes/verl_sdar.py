@@ -19,7 +19,7 @@ def sdar_policy_loss(old_log_prob, log_prob, advantages, response_mask, loss_agg
     """verl's policy loss plus lambda times the gated term -> (loss, metrics as floats).
 
     All tensors [B, T]; rollout_is_weights, if any, weigh eq. (2) alone. config: verl's ActorConfig, for its clip ratios
-    and global_batch_info. At sdar_coef 0 it is verl's vanilla loss (0.9.1: equal up to 3e-8). Raises ValueError for an
+    and global_batch_info. At sdar_coef 0 it is verl's vanilla loss (0.9.1: equal up to 5e-8). Raises ValueError for an
     aggregation or a clip that SDAR does not have.
     """
     if loss_agg_mode != "token-mean":
@@ -33,5 +33,5 @@ def sdar_policy_loss(old_log_prob, log_prob, advantages, response_mask, loss_agg
     distill, more = sdar_loss(log_prob, teacher_log_prob, response_mask, beta=gate_beta, num_tokens=local)
     total, ranks = config.global_batch_info.get("batch_num_tokens"), config.global_batch_info.get("dp_size", 1)
     share = 1 if total is None else local * ranks / total  # of the optimiser step's tokens; verl's ranks are averaged
-    metrics |= more | {"sdar/loss": distill}
+    metrics |= more | {"sdar/loss": distill.detach()}
     return (pg + sdar_coef * distill) * share, {name: float(value) for name, value in metrics.items()}
