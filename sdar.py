@@ -827,7 +827,7 @@ def routed(cfg, analysis, number):
 
 
 def micro_batches(rows, micro_tokens, packs=True):
-    """Rows -> micro-batches, each a list of shared-prefix groups: lists of rows with one (prompt, teacher prompt).
+    """Rows -> micro-batches, each a list of shared-prefix groups: lists of rows with one prompt.
 
     Sorted by length, so that a micro-batch has little padding; each has at most micro_tokens padded student tokens,
     unless a single group is longer. packs=False: every row is a group of its own.
@@ -845,7 +845,7 @@ def micro_batches(rows, micro_tokens, packs=True):
 def shared_prefix_groups(rows, micro_tokens):
     shared = defaultdict(list)
     for row in rows:
-        shared[row.prompt_ids, row.teacher_ids].append(row)
+        shared[row.prompt_ids].append(row)
     for members in shared.values():
         room, group, prompt = 0, [], len(members[0].prompt_ids)
         for row in members:  # masked attention to siblings is wasted: beyond four prompts' length it outweighs sharing
@@ -863,6 +863,10 @@ def width(group):
 
 
 def pack_rows(policy, micro_batch, teacher=False):
+    """teacher: behind the teacher's prompts, which may differ within a group. The rows' order is the same."""
+    if teacher:
+        micro_batch = [list(alike) for group in micro_batch
+                       for _, alike in itertools.groupby(group, lambda row: row.teacher_ids)]
     prompts = [group[0].teacher_ids if teacher else group[0].prompt_ids for group in micro_batch]
     return pack(prompts, [[row.response_ids for row in group] for group in micro_batch], policy.device)
 

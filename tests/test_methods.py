@@ -14,7 +14,7 @@ import sdar
 from conftest import assert_same_run, config, flags, lines_of, refused
 from lib import hindsight
 from lib.analyser import Analysis
-from lib.skills import CONTROLS, Skills, contains, library, read_skills
+from lib.skills import CONTROLS, STRATEGIES, Skills, contains, library, read_skills
 
 OWN_METRIC = {"grpo": "grpo/loss", "gigpo": "gigpo/change", "sdar": "sdar/gate", "opsd": "sdar/gap",
               "grpo_opsd": "sdar/gap", "skill_grpo": "skills/missing", "rlsd": "rlsd/change",
@@ -275,3 +275,14 @@ def test_opid_is_told_apart_by_its_analyser_in_every_output(model_folder, tmp_pa
     assert sdar.main(flags(model_folder, None, method="opid", steps=1, eval_every=0, eval_tasks=None)) == 0
     assert "opid by rules on webshop" in capsys.readouterr().out
     assert lines_of(tmp_path / "runs" / "webshop-opid-rules-0")[0]["opid/analysed"] > 0
+
+
+# ------------------------------------------------------------------------------------------------- what must not happen
+
+@pytest.mark.parametrize("retrieval", STRATEGIES)
+def test_lambda_0_is_grpo_bit_for_bit_though_siblings_are_shown_different_skills(retrieval, policy, games):
+    episodes, _ = games["webshop"]
+    plain, _ = trained(policy, of_method("grpo"), episodes, None)
+    cfg = of_method("sdar", retrieval=retrieval, sdar_coef=0.0)
+    unweighted, _ = trained(policy, cfg, episodes, sdar.load_skills(cfg, envs.make("webshop").task_types))
+    assert torch.equal(unweighted, plain)
