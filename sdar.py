@@ -49,6 +49,7 @@ import lib  # noqa: F401  before torch, whose threads wait as it says
 import envs
 import kernels
 from lib import agreement, folders, health, hindsight, models, progress, runs
+from lib.analyser import RULES
 from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
 from lib.episodes import episode_lines, note_top, stays, write_step
 from lib.packing import pack
@@ -325,6 +326,18 @@ def validate(cfg, explicit=()):
     if cfg.student_skills and cfg.retrieval == "ucb":
         raise UserError("--retrieval ucb learns from an episode before it chooses for the next, and the student's are "
                         "played side by side: choose another with --student_skills.")
+    shift = cfg.opid_episode_weight or cfg.opid_step_weight
+    if cfg.teacher == "none" and (cfg.rlsd_mix or shift):
+        raise UserError(f"--method {cfg.method} moves advantages by what a teacher says: leave --teacher none out.")
+    if cfg.analyser == "none" and shift:
+        raise UserError("--opid_episode_weight and --opid_step_weight need hindsight skills: choose an --analyser.")
+    if cfg.analyser == "rules" and cfg.env not in RULES:
+        raise UserError(f"There are no rules that analyse {cfg.env}: choose --analyser policy.")
+    if not (cfg.pg_coef or cfg.kl_coef or cfg.entropy_coef or cfg.sdar_coef and cfg.teacher != "none"):
+        raise UserError("Nothing is learned, since every term of eq. (5) has weight 0: raise --pg_coef or --sdar_coef.")
+    if cfg.skills == "other" and cfg.retrieval in ("ucb", "full", "random"):
+        raise UserError(f"--skills other exchanges the texts of task types, by which --retrieval {cfg.retrieval} does "
+                        "not choose: leave one of them out.")
     idle = idle_settings(cfg)
     for name in explicit:
         if name in idle:
@@ -342,6 +355,10 @@ def idle_settings(cfg):
         (taught and cfg.gate == "none", ("gate_beta",), "--gate none has no beta"),
         (cfg.surrogate in ("opsd", "k3"), ("gate", "gate_beta"), f"--surrogate {cfg.surrogate} has no gate"),
         (taught and not cfg.sdar_coef, ("sdar_decay", "distill"), "--sdar_coef is 0"),
+        (cfg.analyser != "none", ("distill",), "every turn with a hindsight skill is distilled"),
+        (not (cfg.opid_episode_weight or cfg.opid_step_weight), ("analyser",), "both of OPID's weights are 0"),
+        (not cfg.pg_coef, ("clip", "dual_clip", "invalid_penalty", "advantage_stats", "gigpo_weight", "gigpo_gamma",
+                           "gigpo_std", "rlsd_mix", "rlsd_clip", "rlsd_decay"), "--pg_coef is 0"),
         (cfg.teacher != "ema", ("ema",), "--teacher is not ema"),
         (not cfg.gigpo_weight, ("gigpo_gamma", "gigpo_std"), "--gigpo_weight is 0"),
         (not cfg.rlsd_mix, ("rlsd_clip", "rlsd_decay"), "--rlsd_mix is 0"),
@@ -350,9 +367,12 @@ def idle_settings(cfg):
         (cfg.history == 0, ("history_observations",), "--history 0 shows no earlier turn"),
         (not cfg.eval_every, {n for n in FIELDS if n.startswith("eval_")} - {"eval_every"}, "--eval_every is 0"),
         (cfg.env != "webshop", ("human_goals",), f"{cfg.env} has one kind of goals"),
+        (cfg.env in ("alfworld", "search"), ("reward",), f"{cfg.env} grades no score but 0 and 1"),
         (cfg.env != "search", ("retriever",), f"{cfg.env} searches nothing"),
         (cfg.retriever, ("env_timeout",), "a retriever's searches have a deadline of their own"),
-        (cfg.retrieval == "none", ("skills",), "--retrieval none shows no skills"),
+        (cfg.retrieval == "none", ("skills", "student_skills"), "--retrieval none shows no skills"),
+        (cfg.student_skills and cfg.teacher in ("live", "rollout") and cfg.teacher_prompt == "message"
+         and cfg.analyser == "none", ("student_skills", "teacher"), "student and teacher would see the same, and every gap would be 0"),
     ]
     return {name: why for holds, names, why in rules if holds for name in names}
 
@@ -726,7 +746,8 @@ def step_tasks(cfg, env, step):
 
 def evaluation_tasks(cfg, env):
     """The fixed evaluation set: cfg.eval_tasks tasks of a split, drawn by task type and the same for every run."""
-    tasks = [(split, i, kind) for split in cfg.eval_split.split(",") for i, kind in enumerate(types_of(env, split))]
+    splits = dict.fromkeys(cfg.eval_split.split(","))  # no task counts twice
+    tasks = [(split, i, kind) for split in splits for i, kind in enumerate(types_of(env, split))]
     if len(tasks) < cfg.eval_tasks:
         raise UserError(f"--eval_tasks {cfg.eval_tasks} is more than the {len(tasks)} tasks of split "
                         f"{cfg.eval_split!r}: lower it; 0 plays all.")

@@ -97,6 +97,12 @@ def test_the_official_preset_runs_what_the_scripts_run_under_these_names(method,
     ("--method opid --retrieval full", "--retrieval"), ("--opid_step_weight 1", "--opid_step_weight"),
     ("--method skill_grpo --retrieval ucb", "ucb"), ("--method skill_sd --gate_beta 1", "--gate_beta"),
     ("--sdar_coef 0 --sdar_decay 9", "--sdar_decay"), ("--method grpo --analyser rules", "--analyser"),
+    ("--method opid --teacher none", "--teacher"), ("--method rlsd --teacher none", "--teacher"),
+    ("--method opid --analyser none", "--opid_step_weight"), ("--analyser rules", "--analyser"),
+    ("--method opsd --sdar_coef 0", "weight 0"), ("--method opsd --invalid_penalty 1", "--invalid_penalty"),
+    ("--method opsd --gigpo_weight 1", "--gigpo_weight"), ("--method opid --sdar_coef 1 --distill failed", "--distill"),
+    ("--retrieval full --skills other", "--skills other"), ("--env search --reward score", "--reward"),
+    ("--student_skills", "--student_skills"), ("--method grpo --student_skills", "--student_skills"),
     ("--method ppo", "skill_sd"), ("--retrieval best", "ucb"), ("--ema 2 --teacher ema", "--ema")])
 def test_settings_of_methods_that_would_do_nothing_or_contradict_are_refused(words, culprit, capsys):
     refused(sdar.main, words.split(), culprit, capsys)
@@ -286,3 +292,9 @@ def test_lambda_0_is_grpo_bit_for_bit_though_siblings_are_shown_different_skills
     cfg = of_method("sdar", retrieval=retrieval, sdar_coef=0.0)
     unweighted, _ = trained(policy, cfg, episodes, sdar.load_skills(cfg, envs.make("webshop").task_types))
     assert torch.equal(unweighted, plain)
+
+
+def test_a_split_that_is_named_twice_counts_once():
+    env, once = envs.make("search"), config(env="search", eval_split="val")
+    twice = dataclasses.replace(once, eval_split="val,val")
+    assert sdar.evaluation_tasks(twice, env) == sdar.evaluation_tasks(once, env)
