@@ -372,7 +372,7 @@ def idle_settings(cfg):
         (cfg.retriever, ("env_timeout",), "a retriever's searches have a deadline of their own"),
         (cfg.retrieval == "none", ("skills", "student_skills"), "--retrieval none shows no skills"),
         (cfg.student_skills and cfg.teacher in ("live", "rollout") and cfg.teacher_prompt == "message"
-         and cfg.analyser == "none", ("student_skills", "teacher"), "student and teacher would see the same, and every gap would be 0"),
+         and cfg.analyser == "none", ("student_skills", "teacher"), "student and teacher see the same"),
     ]
     return {name: why for holds, names, why in rules if holds for name in names}
 
@@ -787,7 +787,9 @@ def make_rows(policy, cfg, episodes, skills):
             prompts[key] = ids, not text or contains(policy.chat.tokenizer.decode(ids or turn.prompt_ids), text)
         response = turn.response
         rows.append(Row(turn.prompt_ids, prompts[key][0], response.ids, advantage, response.logp, source, text))
-        missing += not prompts[key][1] or not text and source != "" and cfg.retrieval != "none"
+        missing += not prompts[key][1] or not text.strip() and source != "" and cfg.retrieval != "none"
+    longest = max(len(row.teacher_ids) + len(row.response_ids) for row in rows)
+    agreement.check_lengths(models.text_config(policy.model), cfg.model, longest, longest)
     return rows, metrics | more | {"skills/missing": missing / len(rows)}
 
 

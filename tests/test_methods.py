@@ -15,6 +15,7 @@ from conftest import assert_same_run, config, flags, lines_of, refused
 from lib import hindsight
 from lib.analyser import Analysis
 from lib.skills import CONTROLS, STRATEGIES, Skills, contains, library, read_skills
+from lib.tasks import checked
 
 OWN_METRIC = {"grpo": "grpo/loss", "gigpo": "gigpo/change", "sdar": "sdar/gate", "opsd": "sdar/gap",
               "grpo_opsd": "sdar/gap", "skill_grpo": "skills/missing", "rlsd": "rlsd/change",
@@ -212,7 +213,7 @@ def test_skills_that_are_cut_off_or_empty_are_counted(policy, games):
     missing = lambda cfg, skills: sdar.make_rows(policy, cfg, episodes, skills)[1]["skills/missing"]
     assert missing(config(), skills) == 0 and missing(config(retrieval="none"), dict.fromkeys(skills, "")) == 0
     assert missing(config(teacher_prompt="raw", max_prompt_tokens=50), skills) == 1
-    assert missing(config(), dict.fromkeys(skills, "")) == 1
+    assert missing(config(), dict.fromkeys(skills, "")) == missing(config(), dict.fromkeys(skills, "\n")) == 1
     assert contains("x  cafe\u0301\nau lait", "café au\tlait") and not contains("café au", "café au lait")
 
 
@@ -298,3 +299,43 @@ def test_a_split_that_is_named_twice_counts_once():
     env, once = envs.make("search"), config(env="search", eval_split="val")
     twice = dataclasses.replace(once, eval_split="val,val")
     assert sdar.evaluation_tasks(twice, env) == sdar.evaluation_tasks(once, env)
+
+
+def test_keywords_may_be_phrases_in_any_spelling_and_a_byte_order_mark_is_no_text(tmp_path):
+    words = {"a": ["Coffee  table", "t-shirt"], "b": ["CAFE\u0301", "STRASSE"]}
+    for name, text in {"general.md": "G", "a.md": "A", "b.md": "B", "keywords.json": json.dumps(words)}.items():
+        (tmp_path / name).write_text("\ufeff" + text)
+    skills = library(tmp_path, ("a", "b"), "keyword")
+    shown = {"a coffee-table": "G\nA", "T-Shirts, a t-shirt": "G\nA", "coffee, no tables": "G", "caf\u00e9": "G\nB",
+             "Stra\u00dfe, t shirt": "G\nA\nB"}
+    assert {task: skills.retrieve("a", task, "") for task in shown} == shown
+    (tmp_path / "keywords.json").write_text(json.dumps(words | {"b": ["++"]}))
+    with pytest.raises(sdar.UserError, match=r"a word of 'b' is '\+\+'"):
+        library(tmp_path, ("a", "b"), "keyword")
+
+
+def test_opid_needs_rules_or_the_policy_in_an_environment_from_elsewhere(monkeypatch, policy, games):
+    monkeypatch.setattr(sdar, "RULES", {})
+    with pytest.raises(sdar.UserError, match="choose --analyser policy"):
+        sdar.validate(of_method("opid"))
+    answer = sdar.Response(tuple(policy.chat.encode('{"episode_skill": "Search."}')), (), "end")
+    found = hindsight.analyse(policy, of_method("opid", env="own", analyser="policy", max_prompt_tokens=8000),
+                              games["search"][0], [0.0] * 4, lambda _, prompts, *__: [answer] * len(prompts))
+    assert [one.episode_skill for one in found] == ["Search."] * 4
+
+
+def test_a_text_for_the_teacher_that_is_longer_than_the_models_positions_is_told(policy, games, monkeypatch):
+    episodes, skills = games["webshop"]
+    long = [dataclasses.replace(e, teacher_prompt="many words " * 2000) for e in episodes]
+    with pytest.warns(RuntimeWarning, match="made for 4096 positions"):  # rotary ones, which have no end
+        sdar.make_rows(policy, config(), long, skills)
+    monkeypatch.setattr(policy.model.config, "rope_parameters", None)
+    with pytest.raises(sdar.UserError, match="has 4096 positions"):
+        sdar.make_rows(policy, config(), long, skills)
+
+
+def test_a_text_for_the_teacher_has_to_be_a_text():
+    info = {"task": "", "task_type": "", "admissible": None, "valid": True, "won": False, "score": 0.0}
+    assert checked(("", info | {"teacher_prompt": None}), 2)
+    with pytest.raises(ValueError, match="teacher_prompt"):
+        checked(("", info | {"teacher_prompt": 7}), 2)
