@@ -5,6 +5,8 @@ import copy
 import dataclasses
 import json
 import math
+import socketserver
+import threading
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 import envs
 import sdar
 from conftest import assert_same_run, config, flags, lines_of, refused
-from lib import hindsight
+from lib import endpoint, hindsight
 from lib.analyser import Analysis
 from lib.skills import CONTROLS, STRATEGIES, Skills, contains, library, read_skills
 from lib.tasks import checked
@@ -339,3 +341,24 @@ def test_a_text_for_the_teacher_has_to_be_a_text():
     assert checked(("", info | {"teacher_prompt": None}), 2)
     with pytest.raises(ValueError, match="teacher_prompt"):
         checked(("", info | {"teacher_prompt": 7}), 2)
+
+
+HOSTILE = {200: b"Transfer-Encoding: chunked\r\n\r\n-5", 302: b"Location: http://[x",
+           401: b"\r\n" + b" " * 1995 + b"sk-secret",
+           429: b"Retry-After: Mon, 01 Jan 99999999999999 00:00:00 GMT", 500: b"Transfer-Encoding: chunked\r\n\r\n-5"}
+
+
+@pytest.mark.parametrize("reply", [b"sk-secret", *(b"HTTP/1.1 %d X\r\n%s" % one for one in HOSTILE.items())])
+def test_whatever_a_hostile_server_says_is_a_counted_failure_without_the_key(reply, monkeypatch):
+    class Hostile(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(1 << 16)
+            self.request.sendall(reply + b"\r\n\r\n")
+
+    monkeypatch.setattr(endpoint, "PAUSE", 0.001)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Hostile) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        model = endpoint.Endpoint(f"http://127.0.0.1:{server.server_address[1]}", "m", "sk-secret", max_tokens=5)
+        assert model.answer("hello", 0.0, 0) == endpoint.Answer("", "error")
+        server.shutdown()
+    assert model.failed_in_a_row == 1 and model.last_failure and "sk-s" not in model.last_failure
