@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import envs
+import eval as sdar_eval
 import sdar
 from conftest import assert_same_run, config, flags, lines_of, refused
 from lib import endpoint, hindsight
 from lib.analyser import Analysis
+from lib.results import difference
 from lib.skills import CONTROLS, STRATEGIES, Skills, contains, library, read_skills
 from lib.tasks import checked
 
@@ -297,10 +299,13 @@ def test_lambda_0_is_grpo_bit_for_bit_though_siblings_are_shown_different_skills
     assert torch.equal(unweighted, plain)
 
 
-def test_a_split_that_is_named_twice_counts_once():
-    env, once = envs.make("search"), config(env="search", eval_split="val")
-    twice = dataclasses.replace(once, eval_split="val,val")
-    assert sdar.evaluation_tasks(twice, env) == sdar.evaluation_tasks(once, env)
+def test_what_an_evaluation_cannot_know_is_not_said(capsys):
+    env, (once, twice) = envs.make("search"), [config(env="search", eval_split=name) for name in ("val", "val,val")]
+    assert sdar.evaluation_tasks(twice, env) == sdar.evaluation_tasks(once, env)  # its tasks count once
+    lost = {"task_id": 0, "won": False, "score": 0.0}
+    assert difference([[lost | {"won": True}]], [[lost]])["success"]["tasks"] == math.inf  # one task has no variance
+    for words, culprit in ("--condition without --skills other", "--skills"), ("--retrieval ucb", "ucb"):
+        refused(sdar_eval.main, ["tiny", *words.split()], culprit, capsys)
 
 
 def test_keywords_may_be_phrases_in_any_spelling_and_a_byte_order_mark_is_no_text(tmp_path):
@@ -326,7 +331,10 @@ def test_opid_needs_rules_or_the_policy_in_an_environment_from_elsewhere(monkeyp
     assert [one.episode_skill for one in found] == ["Search."] * 4
 
 
-def test_a_text_for_the_teacher_that_is_longer_than_the_models_positions_is_told(policy, games, monkeypatch):
+def test_a_text_for_the_teacher_that_is_none_or_longer_than_the_models_positions_is_told(policy, games, monkeypatch):
+    info = {"task": "", "task_type": "", "admissible": None, "valid": True, "won": False, "score": 0.0}
+    with pytest.raises(ValueError, match="teacher_prompt"):
+        checked(("", info | {"teacher_prompt": 7}), 2)
     episodes, skills = games["webshop"]
     long = [dataclasses.replace(e, teacher_prompt="many words " * 2000) for e in episodes]
     with pytest.warns(RuntimeWarning, match="made for 4096 positions"):  # rotary ones, which have no end
@@ -334,13 +342,6 @@ def test_a_text_for_the_teacher_that_is_longer_than_the_models_positions_is_told
     monkeypatch.setattr(policy.model.config, "rope_parameters", None)
     with pytest.raises(sdar.UserError, match="has 4096 positions"):
         sdar.make_rows(policy, config(), long, skills)
-
-
-def test_a_text_for_the_teacher_has_to_be_a_text():
-    info = {"task": "", "task_type": "", "admissible": None, "valid": True, "won": False, "score": 0.0}
-    assert checked(("", info | {"teacher_prompt": None}), 2)
-    with pytest.raises(ValueError, match="teacher_prompt"):
-        checked(("", info | {"teacher_prompt": 7}), 2)
 
 
 HOSTILE = {200: b"Transfer-Encoding: chunked\r\n\r\n-5", 302: b"Location: http://[x",
