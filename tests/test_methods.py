@@ -288,35 +288,32 @@ def test_opid_is_told_apart_by_its_analyser_in_every_output(model_folder, tmp_pa
     assert lines_of(tmp_path / "runs" / "webshop-opid-rules-0")[0]["opid/analysed"] > 0
 
 
-# ------------------------------------------------------------------------------------------------- what must not happen
-
 @pytest.mark.parametrize("retrieval", STRATEGIES)
 def test_lambda_0_is_grpo_bit_for_bit_though_siblings_are_shown_different_skills(retrieval, policy, games):
     episodes, _ = games["webshop"]
     plain, _ = trained(policy, of_method("grpo"), episodes, None)
     cfg = of_method("sdar", retrieval=retrieval, sdar_coef=0.0)
-    unweighted, _ = trained(policy, cfg, episodes, sdar.load_skills(cfg, envs.make("webshop").task_types))
-    assert torch.equal(unweighted, plain)
+    skills = sdar.load_skills(cfg, envs.make("webshop").task_types)
+    assert torch.equal(trained(policy, cfg, episodes, skills)[0], plain)
 
 
 def test_what_an_evaluation_cannot_know_is_not_said(capsys):
-    env, (once, twice) = envs.make("search"), [config(env="search", eval_split=name) for name in ("val", "val,val")]
-    assert sdar.evaluation_tasks(twice, env) == sdar.evaluation_tasks(once, env)  # its tasks count once
-    lost = {"task_id": 0, "won": False, "score": 0.0}
-    assert difference([[lost | {"won": True}]], [[lost]])["success"]["tasks"] == math.inf  # one task has no variance
+    once, twice = (sdar.evaluation_tasks(config(eval_split=s), envs.make("webshop")) for s in ("val", "val,val"))
+    assert once == twice  # no task counts twice
+    won, lost = ({"task_id": 0, "won": won, "score": 0.0} for won in (True, False))
+    assert difference([[won]], [[lost]])["success"]["tasks"] == math.inf  # one task has no variance
     for words, culprit in ("--condition without --skills other", "--skills"), ("--retrieval ucb", "ucb"):
         refused(sdar_eval.main, ["tiny", *words.split()], culprit, capsys)
 
 
 def test_keywords_may_be_phrases_in_any_spelling_and_a_byte_order_mark_is_no_text(tmp_path):
-    words = {"a": ["Coffee  table", "t-shirt"], "b": ["CAFE\u0301", "STRASSE"]}
-    for name, text in {"general.md": "G", "a.md": "A", "b.md": "B", "keywords.json": json.dumps(words)}.items():
+    words = json.dumps({"a": ["Coffee  table", "t-shirt"], "b": ["CAFE\u0301", "STRASSE"]})
+    for name, text in {"general.md": "G", "a.md": "A", "b.md": "B", "keywords.json": words}.items():
         (tmp_path / name).write_text("\ufeff" + text)
     skills = library(tmp_path, ("a", "b"), "keyword")
-    shown = {"a coffee-table": "G\nA", "T-Shirts, a t-shirt": "G\nA", "coffee, no tables": "G", "caf\u00e9": "G\nB",
-             "Stra\u00dfe, t shirt": "G\nA\nB"}
+    shown = {"a coffee-table": "G\nA", "coffee, no tables": "G", "caf\u00e9": "G\nB", "Stra\u00dfe, t shirt": "G\nA\nB"}
     assert {task: skills.retrieve("a", task, "") for task in shown} == shown
-    (tmp_path / "keywords.json").write_text(json.dumps(words | {"b": ["++"]}))
+    (tmp_path / "keywords.json").write_text('{"a": [], "b": ["++"]}')
     with pytest.raises(sdar.UserError, match=r"a word of 'b' is '\+\+'"):
         library(tmp_path, ("a", "b"), "keyword")
 
@@ -325,10 +322,9 @@ def test_opid_needs_rules_or_the_policy_in_an_environment_from_elsewhere(monkeyp
     monkeypatch.setattr(sdar, "RULES", {})
     with pytest.raises(sdar.UserError, match="choose --analyser policy"):
         sdar.validate(of_method("opid"))
-    answer = sdar.Response(tuple(policy.chat.encode('{"episode_skill": "Search."}')), (), "end")
-    found = hindsight.analyse(policy, of_method("opid", env="own", analyser="policy", max_prompt_tokens=8000),
-                              games["search"][0], [0.0] * 4, lambda _, prompts, *__: [answer] * len(prompts))
-    assert [one.episode_skill for one in found] == ["Search."] * 4
+    answer, cfg = policy.chat.encode('{"episode_skill": "Search."}'), of_method("opid", env="own", analyser="policy")
+    sample = lambda _, prompts, *__: [sdar.Response(answer, (), "end")] * len(prompts)
+    assert hindsight.analyse(policy, cfg, games["search"][0], [0.0] * 4, sample) == [Analysis("Search.", {})] * 4
 
 
 def test_a_text_for_the_teacher_that_is_none_or_longer_than_the_models_positions_is_told(policy, games, monkeypatch):
@@ -344,19 +340,16 @@ def test_a_text_for_the_teacher_that_is_none_or_longer_than_the_models_positions
         sdar.make_rows(policy, config(), long, skills)
 
 
-HOSTILE = {200: b"Transfer-Encoding: chunked\r\n\r\n-5", 302: b"Location: http://[x",
-           401: b"\r\n" + b" " * 1995 + b"sk-secret",
-           429: b"Retry-After: Mon, 01 Jan 99999999999999 00:00:00 GMT", 500: b"Transfer-Encoding: chunked\r\n\r\n-5"}
-
-
-@pytest.mark.parametrize("reply", [b"sk-secret", *(b"HTTP/1.1 %d X\r\n%s" % one for one in HOSTILE.items())])
+@pytest.mark.parametrize("reply", [
+    b"sk-secret", b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n-5", b"HTTP/1.1 302 X\r\nLocation: http://[x",
+    b"HTTP/1.1 401 X\r\n\r\n" + b" " * 1995 + b"sk-secret", b"HTTP/1.1 429 X\r\nRetry-After: 1 Jan 99999999999999 0:0",
+    b"HTTP/1.1 500 X\r\nTransfer-Encoding: chunked\r\n\r\n-5"])
 def test_whatever_a_hostile_server_says_is_a_counted_failure_without_the_key(reply, monkeypatch):
     class Hostile(socketserver.BaseRequestHandler):
         def handle(self):
-            self.request.recv(1 << 16)
-            self.request.sendall(reply + b"\r\n\r\n")
+            self.request.recv(1 << 16), self.request.sendall(reply + b"\r\n\r\n")
 
-    monkeypatch.setattr(endpoint, "PAUSE", 0.001)
+    monkeypatch.setattr(endpoint, "PAUSE", 0)
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Hostile) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         model = endpoint.Endpoint(f"http://127.0.0.1:{server.server_address[1]}", "m", "sk-secret", max_tokens=5)
