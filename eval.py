@@ -59,7 +59,8 @@ SAMPLING = ("eval_split", "eval_tasks", "eval_temperature")  # flags with names 
 FLAGS = (*SETTINGS, *SAMPLING, "env_timeout", "rollout_batch", "device", "threads")
 LOCAL = ("device", "dtype", "threads", "max_prompt_tokens")  # what a server decides
 # Settings of a training run that tell it apart from others, its seed aside.
-TRAINING = sorted(sdar.FIELDS.keys() - {*SETTINGS, *changeable(sdar.Config), *SAMPLING, "eval_every", "out"}) + ["step"]
+TRAINING = [name for name in sorted(sdar.FIELDS.keys() - {*SETTINGS, *changeable(sdar.Config), "out"})
+            if not name.startswith("eval_")] + ["step"]
 
 
 def evaluation_config(model, explicit):
@@ -262,15 +263,15 @@ def compare(paths):
 # ----------------------------------------------------------------------------------------------------------------- main
 
 def parse_args(argv):
-    """Command line -> {option: value} of what was given; `model` is always there, None if absent."""
+    """Command line -> {option: value} of what was given, `model` however it was given."""
     parser = Parser("python eval.py MODEL [options]", __doc__).add_commands()
     what = parser.add_argument_group("evaluation")
-    what.add_argument("model", nargs="?", default=None, metavar="MODEL",
+    what.add_argument("MODEL", nargs="?", default=None,
                       help="a checkpoint, tiny, a model folder, or a name that transformers loads")
     what.add_argument("--endpoint", metavar="URL", help="evaluate a model behind an OpenAI-compatible server, such as "
                       "http://127.0.0.1:8000/v1; the key, if it wants one, in OPENAI_API_KEY; at most --rollout_batch "
                       f"requests at a time (default {PARALLEL})")
-    what.add_argument("--model", dest="served", metavar="NAME", help="with --endpoint: the model's name there")
+    what.add_argument("--model", metavar="NAME", help="with --endpoint: the model's name there")
     what.add_argument("--request_timeout", type=number(float), metavar="FLOAT",
                       help=f"with --endpoint: seconds for one try of a request (default {TIMEOUT:g})")
     what.add_argument("--compare", nargs="+", metavar="RESULT", help="compare results with the first instead: files, "
@@ -298,22 +299,21 @@ def parse_args(argv):
 
 
 INSTEAD = {"compare": set(), "curves": {"out"}, "show": {"step", "lost"}, "view": {"out"}}  # of playing
-NEEDS = {"step": "show", "lost": "show", "request_timeout": "endpoint", "served": "endpoint", "endpoint": "served"}
+NEEDS = {"step": "show", "lost": "show", "request_timeout": "endpoint", "model": "endpoint", "endpoint": "model"}
 
 
 def checked(options):
-    """The options, with `model` the served model's name. Raises UserError for those that do not go together."""
+    """The options, with MODEL as `model`. Raises UserError for those that do not go together."""
     given = {name for name, value in options.items() if value is not None}
-    flag = lambda name: "--model" if name == "served" else f"--{name}"
     for name, others in INSTEAD.items():
         if name in given and given - others - {name}:
             raise UserError(f"--{name} does not go with {', '.join(sorted(given - others - {name}))}: leave it out.")
     for name, other in NEEDS.items():
         if name in given and other not in given:
-            raise UserError(f"{flag(name)} needs {flag(other)}, too.")
-    if {"served", "model"} <= given:
+            raise UserError(f"--{name} needs --{other}, too.")
+    if {"MODEL", "model"} <= given:
         raise UserError("Give one model: MODEL, which is loaded here, or --endpoint URL --model NAME.")
-    if not given & {*INSTEAD, "served", "model"}:
+    if not given & {*INSTEAD, "MODEL", "model"}:
         raise UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-30), --endpoint URL --model NAME, "
                         "--compare A B, --curves RUN RUN, --show RUN, or --view RUN.")
     if options.get("retrieval") in ("none", "ucb"):
@@ -322,7 +322,7 @@ def checked(options):
         raise UserError("--condition without shows no skills: leave --retrieval and --skills out.")
     if not 0 < options.get("request_timeout", TIMEOUT) <= 86_400:
         raise UserError("--request_timeout must be greater than 0 seconds, and at most a day's, 86400.")
-    return options | {"model": options.pop("served", options["model"])}
+    return options | {"model": options.get("model", options["MODEL"])}
 
 
 def command(argv):

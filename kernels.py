@@ -15,8 +15,8 @@ Forward. Student and teacher share the head W. Per token, with target y and logi
 
 The vocabulary is processed in chunks. A chunk yields per token and side its largest logit, sum e^u and sum e^u u with
 u = z - largest, and for the two KLs sum e^u (u - u_T) and sum e^u_T (u_T - u). `merge` combines chunks by shifting all
-of them to the largest logit of any, so that everything except jsd needs one pass. Since all sums are relative to the
-largest logit, no precision is lost where logits are far from zero. jsd needs both normalisers first: a second pass.
+of them to the largest logit of any. Since all sums are relative to it, no precision is lost where logits are far from
+zero. jsd needs both normalisers first, and so a second pass.
 
 Backward. Teacher, gap and gate are constants. For upstream gradients g_* of the other outputs, the gradient of the
 logits is a sum of terms, each of which sums to zero over the vocabulary:
@@ -29,15 +29,13 @@ onehot - p is formed in fp32, and dz is rounded once, to the dtype that is multi
 with dz of one chunk at a time in a buffer: its part of dW is written once, and dh is summed in fp32. The teacher's
 logits are recomputed only for a divergence.
 
-Memory. Besides results and gradients there are buffers of one vocabulary chunk by one token chunk, the fp32 sums of dh
-[N, D], and a few numbers per token. On CPUs the forward pass keeps the first chunks' logits while they fit in
-KEEP_BYTES, so that small problems compute nothing twice. Nothing grows with V.
-Ignored tokens are dropped before the first product: they cost nothing and give zeros, and neither their hidden states
-nor their upstream gradients, which may be NaN, reach any result.
+Memory. Besides results and gradients: buffers of one vocabulary chunk by one token chunk, the fp32 sums of dh, a few
+numbers per token; nothing grows with V. On CPUs the first chunks' logits are kept for the backward pass while they fit
+in KEEP_BYTES. Ignored tokens are dropped before the first product: they cost nothing, give zeros, and may hold NaN.
 
-Limits. Arithmetic is fp32 (fp64 where student or weight is fp64, torch backend only). Hidden states are promoted to the
-weight's dtype where that is wider. Products of half-precision operands are summed in fp32 on GPUs; on CPUs, where such
-products are slow, each chunk is copied to fp32. fp16 dz may underflow without loss scaling. Only first derivatives.
+Limits. Arithmetic is fp32 (fp64, by torch alone, where student or weight is). Hidden states are promoted to the dtype
+of a wider weight. Products of half-precision operands are summed in fp32; on CPUs, where they are slow, each chunk is
+copied to fp32. fp16 dz may underflow without loss scaling. Only first derivatives.
 """
 
 import math
@@ -58,8 +56,8 @@ except ImportError:  # torch's CPU builds come without it, and the torch backend
 IGNORE = -100  # the target that torch.nn.functional.cross_entropy ignores
 GATES = ("gap", "entropy", "soft_or", "none")
 DIVERGENCES = ("rkl", "fkl", "jsd")
-GPU_CHUNK = 8192  # tokens, and vocabulary columns, per chunk on a GPU: products large enough to fill it
-STRIPS = 16  # parts of the vocabulary whose statistics triton computes in parallel
+GPU_CHUNK = 8192  # tokens, and vocabulary columns, per chunk on a GPU: fills it, and a chunk has 32-bit offsets
+MAX_STRIPS = 64  # parts of the vocabulary whose statistics triton computes in parallel
 KEEP_BYTES = 7 * 2**25  # 224 MiB of logits may be kept from forward to backward on a CPU
 
 
@@ -311,7 +309,8 @@ def gradients(problem, scores, upstream, kept, backend, want_student, want_weigh
     d_student = student.new_zeros(student.shape, dtype=problem.dtype) if want_student else None
     d_weight = (torch.empty_like if len(student) else torch.zeros_like)(weight) if want_weight else None
     part = None  # the sums of one chunk of d_weight, where d_weight's own dtype is too narrow to sum in
-    if want_weight and weight.dtype != problem.dtype:
+    one_product = token_chunk >= len(student) and operand_dtype(problem) == weight.dtype  # it sums in fp32 by itself
+    if want_weight and weight.dtype != problem.dtype and not one_product:
         part = weight.new_empty(vocab_chunk, weight.shape[1], dtype=problem.dtype)
     gradient_of = backend.gradient(problem, scores, upstream, kept)
     for columns in slices(len(weight), vocab_chunk):
@@ -548,11 +547,14 @@ def torch_gradient(problem, scores, upstream, kept):
 
 # -------------------------------------------------------------------------------------------------- triton backend
 #
-# No atomics, and each element is written by one program, so that two runs are bit-equal. Programs are numbered with the
-# token blocks fastest: those that share a strip of W run together, and axis 0 has no limit of 65,535.
+# No atomics, and each element is written by one program, so that two runs are bit-equal. A tile of 128 x 256 leaves few
+# registers: hence few masks, a kernel of its own for the target's logit, and exp2, one instruction where exp has five.
 
 if triton is not None:
-    LOWEST = tl.constexpr(-1e30)  # below every logit; minus infinity would make NaN of 0 * inf
+    LN2 = tl.constexpr(math.log(2))
+    LOG2E = tl.constexpr(1 / math.log(2))
+    LOWEST = tl.constexpr(-1e20)  # below every product; minus infinity would make NaN of 0 * inf
+    GROUP = tl.constexpr(16)  # blocks of tokens whose hidden states stay in L2 while the vocabulary passes
 
     @triton.jit
     def _row(pointer, rows, stride):
@@ -561,144 +563,161 @@ if triton is not None:
 
     @triton.jit
     def _column(table, field, rows, N):
-        """table[field, rows] of a table [fields, N], as a column [n, 1]."""
-        return tl.load(table + rows + field * tl.cast(N, tl.int64), mask=rows < N, other=0.0)[:, None]
+        """table[field, rows] of a table [fields, N], as a column [n, 1]; rows beyond N repeat the last one."""
+        return tl.load(table + tl.minimum(rows, N - 1) + field * tl.cast(N, tl.int64))[:, None]
 
     @triton.jit
-    def _logits(student, teacher, weight, rows, cols, N, D, V, stride_s, stride_t, stride_w, scale,
-                PAIR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-        """scale * hidden[rows] weight[cols]^T of student and teacher, both [BLOCK_N, BLOCK_V] in fp32.
+    def _store(partials, field, values, rows, strip, strips, N):
+        """partials[field, strip, rows] = values, of partials [fields, strips, N]."""
+        tl.store(partials + (field * strips + strip).to(tl.int64) * N + rows, values, mask=rows < N)
 
-        Each tile of the weight is loaded once. Without PAIR the teacher's are zeros, which the compiler removes.
+    @triton.jit
+    def _place(N, BLOCK_N: tl.constexpr):
+        """-> this program's rows, its part of the vocabulary, and how many parts there are: GROUP blocks of rows by all
+        parts, rows fastest, then the next GROUP. All on axis 0, which alone has no limit of 65,535."""
+        blocks = tl.cdiv(N, BLOCK_N)
+        parts = tl.num_programs(0) // blocks
+        first = tl.program_id(0) // (GROUP * parts) * GROUP
+        size = tl.minimum(blocks - first, GROUP)
+        rest = tl.program_id(0) - first * parts
+        return (first + rest % size) * BLOCK_N + tl.arange(0, BLOCK_N), rest // size, parts
+
+    @triton.jit
+    def _load(pointers, d, D, BLOCK_D: tl.constexpr):
+        """Elements d, d + 1, ... of rows, zeros beyond D."""
+        return tl.load(pointers + d, mask=tl.arange(0, BLOCK_D)[None, :] < D - d, other=0.0)
+
+    @triton.jit
+    def _products(student, teacher, weight, rows, first, N, D, V, stride_s, stride_t, stride_w, PAIR: tl.constexpr,
+                  PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+        """Products of student and teacher with BLOCK_V columns of the vocabulary from `first` on, both
+        [BLOCK_N, BLOCK_V] in fp32; LOWEST beyond V. Without PAIR the teacher's are zeros, which the compiler removes.
+        Each tile of the weight is loaded once. Rows and columns beyond the end repeat the last one: no mask is needed.
         """
-        z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        zt = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        depth = tl.arange(0, BLOCK_D)
-        s_at = _row(student, rows, stride_s) + depth[None, :]
-        t_at = _row(teacher, rows, stride_t) + depth[None, :]
-        w_at = _row(weight, cols, stride_w) + depth[None, :]
+        cols = first + tl.arange(0, BLOCK_V)
+        depth = tl.arange(0, BLOCK_D)[None, :]
+        z, zt = tl.zeros((BLOCK_N, BLOCK_V), tl.float32), tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        s_at = _row(student, tl.minimum(rows, N - 1), stride_s) + depth
+        t_at = _row(teacher, tl.minimum(rows, N - 1), stride_t) + depth
+        w_at = _row(weight, tl.minimum(cols, V - 1), stride_w) + depth
         for d in range(0, D, BLOCK_D):
-            inside = depth[None, :] < D - d
-            w = tl.trans(tl.load(w_at + d, mask=(cols[:, None] < V) & inside, other=0.0))
-            s = tl.load(s_at + d, mask=(rows[:, None] < N) & inside, other=0.0)
-            z = tl.dot(s, w.to(s.dtype), z, input_precision="ieee")
+            s = _load(s_at, d, D, BLOCK_D)
+            w = tl.trans(_load(w_at, d, D, BLOCK_D))
+            z = tl.dot(s, w.to(s.dtype), z, input_precision=PRECISION)
             if PAIR:
-                t = tl.load(t_at + d, mask=(rows[:, None] < N) & inside, other=0.0)
-                zt = tl.dot(t, w.to(t.dtype), zt, input_precision="ieee")
-        return z * scale, zt * scale
+                t = _load(t_at, d, D, BLOCK_D)
+                zt = tl.dot(t, w.to(t.dtype), zt, input_precision=PRECISION)
+        if first + BLOCK_V > V:
+            z = tl.where(cols[None, :] < V, z, LOWEST)
+            zt = tl.where(cols[None, :] < V, zt, LOWEST)
+        return z, zt
 
     @triton.jit
-    def _forward_kernel(student, teacher, weight, targets, partials, N, D, V, strip, stride_s, stride_t, stride_w,
-                        scale, PAIR: tl.constexpr, KL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    def _powers(z, m, scale):
+        """A tile of products, and the largest logit before it -> the new largest, u = log2(e) (logit - largest), 2^u;
+        and what that does to the sums before: what is added to each u, and the factor of each 2^u."""
+        top = tl.maximum(m, tl.max(z, 1) * scale)
+        u = (z * scale - top[:, None]) * LOG2E
+        moved = (m - top) * LOG2E
+        return top, u, tl.exp2(u), moved, tl.exp2(moved)
+
+    @triton.jit
+    def _forward_kernel(student, teacher, weight, partials, N, D, V, tiles, stride_s, stride_t, stride_w, scale,
+                        PASS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
                         BLOCK_D: tl.constexpr):
-        """Statistics of each strip of the vocabulary, partials [fields, strips, N]: `chunk_statistics` and `merge`,
-        tile by tile. `strip`: its width in columns."""
-        row_blocks = tl.cdiv(N, BLOCK_N)
-        rows = tl.program_id(0) % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-        number = tl.program_id(0) // row_blocks
-        y = tl.load(targets + rows, mask=rows < N, other=-1)
-        lowest, zero = tl.full((BLOCK_N,), LOWEST, tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-        m, s, e, zy = lowest, zero, zero, zero  # STUDENT
-        mt, st, zty, r, f = lowest, zero, zero, zero, zero  # TEACHER, CROSS
-        for start in range(number * strip, tl.minimum((number + 1) * strip, V), BLOCK_V):
-            cols = start + tl.arange(0, BLOCK_V)
-            real = (cols < V)[None, :]
-            hit = cols[None, :] == y[:, None]
-            z, zt = _logits(student, teacher, weight, rows, cols, N, D, V, stride_s, stride_t, stride_w, scale, PAIR,
-                            BLOCK_N, BLOCK_V, BLOCK_D)
-            zy += tl.sum(tl.where(hit, z, 0.0), 1)
-            m_new = tl.maximum(m, tl.max(tl.where(real, z, LOWEST), 1))
-            u = tl.where(real, z - m_new[:, None], 0.0)
-            p = tl.where(real, tl.exp(u), 0.0)
-            down = tl.exp(m - m_new)
-            if PAIR:
-                zty += tl.sum(tl.where(hit, zt, 0.0), 1)
-                mt_new = tl.maximum(mt, tl.max(tl.where(real, zt, LOWEST), 1))
-                ut = tl.where(real, zt - mt_new[:, None], 0.0)
-                pt = tl.where(real, tl.exp(ut), 0.0)
-                down_t = tl.exp(mt - mt_new)
-                if KL:
-                    apart = (m - m_new) - (mt - mt_new)
-                    r = down * (r + s * apart) + tl.sum(p * (u - ut), 1)
-                    f = down_t * (f - st * apart) + tl.sum(pt * (ut - u), 1)
+        """`chunk_statistics` except zy of each strip of `tiles` tiles, partials [fields, strips, N].
+        PASS: "pair"; or one side, "student" or "teacher", whose hidden states are `student`."""
+        rows, strip, strips = _place(N, BLOCK_N)
+        m, s = tl.full((BLOCK_N,), LOWEST, tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+        mt, st, e, r, f = m, s, s, s, s
+        for tile in range(strip * tiles, tl.minimum((strip + 1) * tiles, tl.cdiv(V, BLOCK_V))):
+            z, zt = _products(student, teacher, weight, rows, tile * BLOCK_V, N, D, V, stride_s, stride_t, stride_w,
+                              PASS == "pair", PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
+            m, u, p, moved, down = _powers(z, m, scale)
+            if PASS == "pair":
+                mt, ut, pt, moved_t, down_t = _powers(zt, mt, scale)
+                r = down * (r + s * (moved - moved_t)) + tl.sum(p * (u - ut), 1)
+                f = down_t * (f - st * (moved - moved_t)) + tl.sum(pt * (ut - u), 1)
                 st = down_t * st + tl.sum(pt, 1)
-                mt = mt_new
-            e = down * (e + s * (m - m_new)) + tl.sum(p * u, 1)
+            if PASS != "teacher":
+                e = down * (e + s * moved) + tl.sum(p * u, 1)
             s = down * s + tl.sum(p, 1)
-            m = m_new
-        at = partials + number.to(tl.int64) * N + rows
-        step = tl.num_programs(0) // row_blocks * tl.cast(N, tl.int64)  # from one field to the next
-        kept = rows < N
-        tl.store(at, m, mask=kept)
-        tl.store(at + step, s, mask=kept)
-        tl.store(at + 2 * step, e, mask=kept)
-        tl.store(at + 3 * step, zy, mask=kept)
-        if PAIR:
-            tl.store(at + 4 * step, mt, mask=kept)
-            tl.store(at + 5 * step, st, mask=kept)
-            tl.store(at + 6 * step, zty, mask=kept)
-        if KL:
-            tl.store(at + 7 * step, r, mask=kept)
-            tl.store(at + 8 * step, f, mask=kept)
+        _store(partials, 0, m, rows, strip, strips, N)
+        _store(partials, 1, s, rows, strip, strips, N)
+        if PASS != "teacher":
+            _store(partials, 2, e * LN2, rows, strip, strips, N)
+        if PASS == "pair":
+            _store(partials, 4, mt, rows, strip, strips, N)
+            _store(partials, 5, st, rows, strip, strips, N)
+            _store(partials, 7, r * LN2, rows, strip, strips, N)
+            _store(partials, 8, f * LN2, rows, strip, strips, N)
 
     @triton.jit
-    def _mixture_kernel(student, teacher, weight, normalisers, partials, N, D, V, strip, stride_s, stride_t, stride_w,
-                        scale, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-        """`mixture_statistics` of each strip, partials [2, strips, N]; normalisers [4, N]: both sides' top, log_sum."""
-        row_blocks = tl.cdiv(N, BLOCK_N)
-        rows = tl.program_id(0) % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-        number = tl.program_id(0) // row_blocks
-        top, log_sum = _column(normalisers, 0, rows, N), _column(normalisers, 1, rows, N)
-        top_t, log_sum_t = _column(normalisers, 2, rows, N), _column(normalisers, 3, rows, N)
-        of_student = tl.zeros((BLOCK_N,), tl.float32)
-        of_teacher = tl.zeros((BLOCK_N,), tl.float32)
-        for start in range(number * strip, tl.minimum((number + 1) * strip, V), BLOCK_V):
-            cols = start + tl.arange(0, BLOCK_V)
-            real = (cols < V)[None, :]
-            z, zt = _logits(student, teacher, weight, rows, cols, N, D, V, stride_s, stride_t, stride_w, scale, True,
-                            BLOCK_N, BLOCK_V, BLOCK_D)
-            s, q = (z - top) - log_sum, (zt - top_t) - log_sum_t
-            of_student += tl.sum(tl.where(real, tl.exp(s) * _above_mean(q - s), 0.0), 1)
-            of_teacher += tl.sum(tl.where(real, tl.exp(q) * _above_mean(s - q), 0.0), 1)
-        at = partials + number.to(tl.int64) * N + rows
-        tl.store(at, of_student, mask=rows < N)
-        tl.store(at + tl.num_programs(0) // row_blocks * tl.cast(N, tl.int64), of_teacher, mask=rows < N)
+    def _target_kernel(hidden, weight, targets, out, N, D, stride_h, stride_w, scale, BLOCK_N: tl.constexpr,
+                       BLOCK_D: tl.constexpr):
+        """out [N]: the logit of each target."""
+        rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        y = tl.load(targets + rows, mask=rows < N, other=0)
+        h_at = _row(hidden, tl.minimum(rows, N - 1), stride_h) + tl.arange(0, BLOCK_D)[None, :]
+        w_at = _row(weight, y, stride_w) + tl.arange(0, BLOCK_D)[None, :]
+        z = tl.zeros((BLOCK_N,), tl.float32)
+        for d in range(0, D, BLOCK_D):
+            h, w = _load(h_at, d, D, BLOCK_D), _load(w_at, d, D, BLOCK_D)
+            z += tl.sum(h.to(tl.float32) * w.to(tl.float32), 1)
+        tl.store(out + rows, z * scale, mask=rows < N)
 
     @triton.jit
-    def _above_mean(d):
-        """s - m from d = q - s, as `above_mean` in torch."""
-        return 0.6931471805599453 - tl.maximum(d, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(d)))
+    def _log2_probs(z, table, field, rows, N, scale):
+        """log2 of the probabilities that products z give; top and log_sum are fields of a table [fields, N]."""
+        top, log_sum = _column(table, field, rows, N), _column(table, field + 1, rows, N)
+        return (z * scale - top) * LOG2E - log_sum * LOG2E
 
     @triton.jit
-    def _gradient_kernel(student, teacher, weight, targets, per_token, out, N, D, V, first, stride_s, stride_t,
-                         stride_w, scale, DIVERGENCE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-                         BLOCK_D: tl.constexpr):
-        """`chunk_gradient`: dz [N, V] of a chunk whose first column is `first`. per_token [5 or 9, N]: top, log_sum,
-        entropy, g_logp, g_ent; for a divergence also the teacher's top and log_sum, centre, g_div."""
-        row_blocks = tl.cdiv(N, BLOCK_N)
-        rows = tl.program_id(0) % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-        cols = tl.program_id(0) // row_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
-        y = tl.load(targets + rows, mask=rows < N, other=-1) - first
-        top, log_sum = _column(per_token, 0, rows, N), _column(per_token, 1, rows, N)
-        entropy = _column(per_token, 2, rows, N)
+    def _mixture_kernel(student, teacher, weight, partials, per_token, N, D, V, tiles, stride_s, stride_t, stride_w,
+                        scale, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+                        BLOCK_D: tl.constexpr):
+        """`mixture_statistics` of each strip, partials [2, strips, N]; per_token [4, N]: both's top and log_sum."""
+        rows, strip, strips = _place(N, BLOCK_N)
+        of_student, of_teacher = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+        for tile in range(strip * tiles, tl.minimum((strip + 1) * tiles, tl.cdiv(V, BLOCK_V))):
+            z, zt = _products(student, teacher, weight, rows, tile * BLOCK_V, N, D, V, stride_s, stride_t, stride_w,
+                              True, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
+            s, q = _log2_probs(z, per_token, 0, rows, N, scale), _log2_probs(zt, per_token, 2, rows, N, scale)
+            d = q - s
+            lower = 1.0 - tl.log2(1.0 + tl.exp2(-tl.abs(d)))  # the smaller of both, above the mean
+            p, pt = tl.exp2(s), tl.exp2(q)
+            of_student += tl.sum(p * (lower - tl.maximum(d, 0.0)), 1)
+            of_teacher += tl.sum(pt * (lower + tl.minimum(d, 0.0)), 1)
+        _store(partials, 0, of_student * LN2, rows, strip, strips, N)
+        _store(partials, 1, of_teacher * LN2, rows, strip, strips, N)
+
+    @triton.jit
+    def _gradient_kernel(student, teacher, weight, out, stride_out, per_token, targets, N, D, V, first, stride_s,
+                         stride_t, stride_w, scale, DIVERGENCE: tl.constexpr, PRECISION: tl.constexpr,
+                         BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+        """`chunk_gradient`: dz of a chunk whose first column is `first`, in whole tiles. per_token [5 or 9, N]: top,
+        log_sum, entropy, g_logp, g_ent; for a divergence also the teacher's top and log_sum, centre, g_div."""
+        rows, part, _ = _place(N, BLOCK_N)
+        cols = part * BLOCK_V + tl.arange(0, BLOCK_V)
+        z, zt = _products(student, teacher, weight, rows, part * BLOCK_V, N, D, V, stride_s, stride_t, stride_w,
+                          DIVERGENCE != "none", PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
+        s = _log2_probs(z, per_token, 0, rows, N, scale)
+        p, entropy = tl.exp2(s), _column(per_token, 2, rows, N)
         g_logp, g_ent = _column(per_token, 3, rows, N), _column(per_token, 4, rows, N)
-        z, zt = _logits(student, teacher, weight, rows, cols, N, D, V, stride_s, stride_t, stride_w, scale,
-                        DIVERGENCE != "none", BLOCK_N, BLOCK_V, BLOCK_D)
+        dz = p * ((-g_logp - g_ent * entropy) - (g_ent * LN2) * s)
         if DIVERGENCE != "none":
-            q = (zt - _column(per_token, 5, rows, N)) - _column(per_token, 6, rows, N)
+            q = _log2_probs(zt, per_token, 5, rows, N, scale)
             centre, g_div = _column(per_token, 7, rows, N), _column(per_token, 8, rows, N)
-        s = (z - top) - log_sum
-        p = tl.exp(s)
-        hit = (cols[None, :] == y[:, None]).to(tl.float32)
-        dz = g_logp * (hit - p) - g_ent * p * (s + entropy)
         if DIVERGENCE == "rkl":
-            dz += g_div * p * (s - q - centre)
+            dz += p * ((g_div * LN2) * (s - q) - g_div * centre)
         if DIVERGENCE == "fkl":
-            dz += g_div * (p - tl.exp(q))
+            dz += g_div * (p - tl.exp2(q))
         if DIVERGENCE == "jsd":
-            dz += g_div * p * (_above_mean(q - s) - centre) * 0.5
-        place = _row(out, rows, V) + cols[None, :]
-        tl.store(place, dz.to(out.dtype.element_ty), mask=(rows[:, None] < N) & (cols[None, :] < V))
+            above = 1.0 - tl.maximum(q - s, 0.0) - tl.log2(1.0 + tl.exp2(-tl.abs(q - s)))  # log2 of p over the mean
+            dz += (0.5 * g_div) * (p * (above * LN2 - centre))
+        y = tl.load(targets + tl.minimum(rows, N - 1)).to(tl.int32) - first - part * BLOCK_V
+        dz = tl.where(tl.arange(0, BLOCK_V)[None, :] == y[:, None], dz + g_logp, dz)
+        tl.store(out + rows[:, None] * stride_out + cols[None, :], dz.to(out.dtype.element_ty))
 
 
 class Tile(NamedTuple):
@@ -709,87 +728,79 @@ class Tile(NamedTuple):
     depth: int
     warps: int
     stages: int
+    precision: str = "ieee"  # of fp32 products; "tf32x3" sums three products of tensor cores, nearly as exact
 
 
 # The largest tiles found that triton 3.6 and 3.9 compile without spills (`python -m tools.bench_kernels compile`).
-# fp32 has a single depth: both passes must sum a logit in the same order, or else p would not sum to 1.
-TILES = {  # kernel: its tile for half precision, for fp32
-    "one_sided": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 32, 4, 2)),  # forward, student alone
-    "pair": (Tile(64, 128, 64, 8, 3), Tile(64, 64, 32, 8, 2)),  # forward, student and teacher
-    "pair_kl": (Tile(64, 64, 64, 4, 3), Tile(64, 64, 32, 8, 2)),  # the same with both KLs
-    "mixture": (Tile(64, 128, 64, 8, 3), Tile(64, 64, 32, 8, 2)),  # second forward pass, of jsd
-    "gradient": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 32, 4, 2)),  # dz without a divergence, and with each of them
-    "gradient_rkl": (Tile(64, 128, 64, 8, 3), Tile(32, 64, 32, 8, 2)),
-    "gradient_fkl": (Tile(64, 128, 64, 8, 3), Tile(32, 64, 32, 8, 2)),
-    "gradient_jsd": (Tile(64, 128, 64, 8, 3), Tile(32, 64, 32, 8, 2)),
-}
-OWN_TILES = {  # architecture: where its tiles for half precision differ
-    "sm_80": {"pair_kl": Tile(32, 128, 64, 8, 3), "gradient": Tile(128, 64, 64, 8, 3)},
-    "sm_89": {"pair": Tile(128, 64, 64, 8, 3), "pair_kl": Tile(32, 128, 64, 8, 3), "gradient": Tile(128, 64, 64, 8, 3)},
-    "sm_90": {"one_sided": Tile(128, 64, 64, 8, 3), "gradient": Tile(128, 64, 64, 8, 3)},
-    "sm_100": {"gradient_jsd": Tile(64, 64, 128, 8, 2)},
-    "gfx942": {"one_sided": Tile(128, 128, 64, 8, 2), "gradient": Tile(128, 128, 64, 8, 2)},
+# A dtype has a single depth: both passes must sum a logit in the same order, or else p would not sum to 1.
+TILES = {  # the oldest architecture that has them: for kernels that read one side, and both; the same in fp32
+    "sm_80": (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 8, 2), Tile(32, 64, 32, 8, 2)),
+    "sm_90": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 3, "tf32x3"),
+              Tile(128, 64, 32, 8, 3, "tf32x3")),
+    "gfx942": (Tile(128, 256, 64, 8, 2), Tile(128, 128, 64, 8, 2), Tile(128, 128, 32, 8, 2), Tile(128, 64, 32, 8, 2)),
 }
 
 
-def architecture_of(device):
-    """The key of OWN_TILES for a device: its own architecture's, or the closest older one's."""
-    if device.type != "cuda":
-        return "sm_80"  # interpreted: any
-    if torch.version.hip:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_89" if (major, minor) == (8, 9) else "sm_80"
+def tile_for(problem, pair):
+    """The tile of a kernel that reads one side or, with `pair`, both. A single fp32 operand makes products fp32."""
+    device, architecture = problem.weight.device, "sm_80"  # in the interpreter: any
+    if device.type == "cuda":  # a consumer's Blackwell, 12, has the shared memory and the instructions of 8
+        hopper = torch.cuda.get_device_capability(device)[0] in (9, 10)
+        architecture = "gfx942" if torch.version.hip else "sm_90" if hopper else "sm_80"
+    fp32 = torch.float32 in [x.dtype for x in (problem.student, problem.teacher) if x is not None]
+    return TILES[architecture][2 * fp32 + pair]
 
 
-def choose_tile(name, architecture, half):
-    """The tile of a kernel of TILES; half: whether its operands are half precision."""
-    return OWN_TILES[architecture].get(name, TILES[name][0]) if half else TILES[name][1]
-
-
-def tile_for(problem, name):
-    half = all(x is None or x.dtype != torch.float32 for x in (problem.student, problem.teacher))
-    return choose_tile(name, architecture_of(problem.weight.device), half)
-
-
-def launch(kernel, problem, tile, column_programs, tensors, column, **flags):
-    """Runs a kernel on (blocks of tokens) x column_programs programs.
-
-    tensors: what it reads and writes besides student, teacher and weight; column: its integer argument after N, D, V.
-    """
+def launch(kernel, problem, tile, parts, arguments, integer, **flags):
+    """Runs a kernel on (blocks of tokens) x (parts of the vocabulary) programs. arguments: those between weight and N;
+    integer: the one after N, D, V."""
     student, weight = problem.student, problem.weight
     teacher = student if problem.teacher is None else problem.teacher  # never read where there is none
-    kernel[(triton.cdiv(len(student), tile.rows) * column_programs,)](
-        student, teacher, weight, *tensors, len(student), student.shape[1], len(weight), column,
-        student.stride(0), teacher.stride(0), weight.stride(0), problem.scale, **flags,
+    kernel[(triton.cdiv(len(student), tile.rows) * parts,)](
+        student, teacher, weight, *arguments, len(student), student.shape[1], len(weight), integer,
+        student.stride(0), teacher.stride(0), weight.stride(0), problem.scale, **flags, PRECISION=tile.precision,
         BLOCK_N=tile.rows, BLOCK_V=tile.cols, BLOCK_D=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )
 
 
-def by_strips(kernel, problem, name, fields, tensor, **flags):
-    """What a kernel finds in each of about STRIPS parts of the vocabulary, [fields, strips, n]."""
-    tile, vocab = tile_for(problem, name), len(problem.weight)
-    strip = triton.cdiv(vocab, STRIPS * tile.cols) * tile.cols  # columns, a multiple of the tile's
-    strips = triton.cdiv(vocab, strip)
-    partials = problem.weight.new_empty(fields, strips, len(problem.targets), dtype=torch.float32)
-    launch(kernel, problem, tile, strips, (tensor, partials), strip, **flags)
+def by_strips(kernel, problem, pair, fields, *tensors, **flags):
+    """What a kernel finds in each strip of the vocabulary, [fields, strips, n]; zeros where it writes nothing.
+
+    There are up to MAX_STRIPS strips, or one per processor: what finishes first, and of equals the fewest."""
+    weight, n, tile = problem.weight, len(problem.targets), tile_for(problem, pair)
+    blocks, tiles = triton.cdiv(n, tile.rows), triton.cdiv(len(weight), tile.cols)
+    processors = torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 2
+    most = min(tiles, max(MAX_STRIPS, processors // blocks))
+    lengths = [triton.cdiv(tiles, strips) for strips in range(1, most + 1)]  # in tiles
+    length = min(lengths, key=lambda x: triton.cdiv(blocks * triton.cdiv(tiles, x), processors) * x)
+    strips = triton.cdiv(tiles, length)
+    partials = weight.new_zeros(fields, strips, n, dtype=torch.float32)
+    launch(kernel, problem, tile, strips, (partials, *tensors), length, **flags)
     return partials
 
 
 def triton_forward(problem, keep_bytes):
-    """`torch_forward` by kernels; keeps nothing."""
+    """`torch_forward` by kernels; keeps nothing. The KLs need both sides at once; else a pass per side is as fast."""
     if len(problem.targets) == 0:
         return torch_forward(problem, 0)  # a grid may not be empty
-    fields = fields_of(problem)
-    pair, kl = "m_T" in fields, "r" in fields
-    name = "pair_kl" if kl else "pair" if pair else "one_sided"
-    partials = by_strips(_forward_kernel, problem, name, len(fields), problem.targets, PAIR=pair, KL=kl)
+    fields, weight, y = fields_of(problem), problem.weight, problem.targets
+    if "r" in fields:
+        partials = by_strips(_forward_kernel, problem, True, len(fields), PASS="pair")
+    else:
+        partials = by_strips(_forward_kernel, problem, False, len(STUDENT), PASS="student")
+        if problem.teacher is not None:
+            other = problem._replace(student=problem.teacher, teacher=problem.student)
+            partials = torch.cat([partials, by_strips(_forward_kernel, other, False, len(TEACHER), PASS="teacher")])
+    for hidden, zy in ((problem.student, 3), (problem.teacher, 6)):
+        if hidden is not None:  # into the first strip; zy of the others stays zero
+            _target_kernel[(triton.cdiv(len(hidden), 16),)](hidden, weight, y, partials[zy], *hidden.shape,
+                                                            hidden.stride(0), weight.stride(0), problem.scale, 16, 128)
     whole = merge(partials, fields)
     scores = finish(whole, fields, problem.divergence)
     if problem.divergence != "jsd":
         return scores, {}
     normalisers = torch.stack([scores.top, scores.log_sum, scores.teacher_top, scores.teacher_log_sum])
-    mixture = by_strips(_mixture_kernel, problem, "mixture", 2, normalisers).sum(1)
+    mixture = by_strips(_mixture_kernel, problem, True, 2, normalisers).sum(1)
     return finish(whole, fields, "jsd", mixture), {}
 
 
@@ -799,18 +810,17 @@ def triton_gradient(problem, scores, upstream, kept):
     if problem.divergence:
         per_token += [scores.teacher_top, scores.teacher_log_sum, scores.centre, upstream[2]]
     per_token = torch.stack([torch.zeros_like(scores.top) if x is None else x for x in per_token])  # [5 or 9, n]
-    out = problem.student.new_empty(math.prod(chunk_sizes(problem)), dtype=operand_dtype(problem))
-    tile = tile_for(problem, f"gradient_{problem.divergence}" if problem.divergence else "gradient")
+    tile = tile_for(problem, problem.divergence is not None)
+    whole = [triton.cdiv(size, block) * block for size, block in zip(chunk_sizes(problem), tile)]
+    out = problem.student.new_empty(whole, dtype=operand_dtype(problem))  # whole tiles, which are stored without masks
 
     def gradient_of(rows, columns, w):
         teacher = None if problem.teacher is None else problem.teacher[rows]
         part = problem._replace(student=problem.student[rows], teacher=teacher, weight=problem.weight[columns])
-        r, c = len(part.student), len(part.weight)
-        dz = out[: r * c].view(r, c)
-        tensors = problem.targets[rows], per_token[:, rows].contiguous(), dz
+        arguments = out, out.stride(0), per_token[:, rows].contiguous(), problem.targets[rows]
         flags = {"DIVERGENCE": problem.divergence or "none"}
-        launch(_gradient_kernel, part, tile, triton.cdiv(c, tile.cols), tensors, columns.start, **flags)
-        return dz
+        launch(_gradient_kernel, part, tile, triton.cdiv(len(w), tile.cols), arguments, columns.start, **flags)
+        return out[: len(part.student), : len(w)]
 
     return gradient_of
 

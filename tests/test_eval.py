@@ -184,7 +184,7 @@ SERVED = ("--endpoint", "http://127.0.0.1:9", "--model", "m")
 
 
 @pytest.mark.parametrize("argv, why", [
-    ((), "Give a model"), (("tiny", "--compare", "a", "b"), "does not go with model"),
+    ((), "Give a model"), (("tiny", "--compare", "a", "b"), "does not go with MODEL"),
     (("--compare", "a", "b", "--seed", "1"), "does not go with seed"), (("tiny", "--repeats", "0"), "--repeats"),
     (("tiny", "--repeats", "2", "--temperature", "0"), "--repeats"), (("tiny", "--temperature", "-1"), "temperature"),
     (("tiny", "--tasks", "1000000"), "tasks"), (("tiny", "--retrieval", "none"), "--condition without"),
@@ -270,7 +270,7 @@ def test_episodes_can_be_read_turn_by_turn_as_the_model_saw_them(model_folder, t
     for argv, why in [(["--show", str(run), "--step", "77"], "no episodes of step 77; it has those of 1, 3, 4"),
                       (["--show", "nowhere"], "nowhere"), (["--show", str(out), "--step", "1"], "is a file"),
                       (["--show", str(run / "metrics.jsonl")], "is not a file of episodes"),
-                      (["tiny", "--lost"], "--lost needs --show"), (["tiny", "--show", "x"], "does not go with model")]:
+                      (["tiny", "--lost"], "--lost needs --show"), (["tiny", "--show", "x"], "does not go with MODEL")]:
         refused(evaluation.main, argv, why, capsys)
 
 
@@ -443,7 +443,9 @@ def test_learning_curves_are_grouped_by_method_with_bands_over_seeds(tmp_path, c
     assert "  sdar (one seed), step 25: eval/success 0.900\n" in text
     steps, values = curves.band([curves.read_run(path, {}) for path in found[:3]], "eval/success")
     assert steps == [0, 10] and values[0] == pytest.approx([0.1] * 3)  # the steps that all have
-    for argv, why in [([run_of(tmp_path / "twice", "grpo", 0, {0: 0.1})], "runs of one seed (grpo, seed 0)"),
+    torn = str(written(tmp_path / "torn", {"config.json": '{"provenance": '}))
+    for argv, why in [([torn], "torn is not a run folder"),
+                      ([run_of(tmp_path / "twice", "grpo", 0, {0: 0.1})], "runs of one seed (grpo, seed 0)"),
                       ([run_of(tmp_path / "empty", "grpo", 9, {})], "has no evaluation"),
                       (["--out", str(tmp_path / "no" / "c.png")], "cannot be written")]:
         refused(evaluation.main, ["--curves", *found, *argv], why, capsys)

@@ -43,7 +43,8 @@ def backend(request, monkeypatch):
 
 def set_chunks(monkeypatch, tokens, columns, keep_bytes):
     monkeypatch.setattr(kernels, "KEEP_BYTES", keep_bytes)
-    monkeypatch.setattr(kernels, "STRIPS", 2)  # so that triton's have several tiles
+    if kernels.triton is not None:
+        monkeypatch.setattr(kernels, "GROUP", tl.constexpr(2))  # so that there are several groups of row blocks
     monkeypatch.setattr(kernels, "chunk_sizes", lambda problem: (tokens, columns))
 
 
@@ -287,6 +288,59 @@ def test_the_file_alone_in_an_empty_folder_imports_and_runs(with_triton, tmp_pat
     assert python("-c", program, folder=tmp_path).split() == ["torch", *["triton"] * with_triton, "0"]
 
 
+def test_a_bf16_gradient_of_w_needs_no_wider_sums_where_one_product_gives_it(monkeypatch):
+    student, _, weight, targets = head_inputs(dtypes=(bf16,) * 3)
+    problem, written = kernels.Problem(student, None, weight, targets, 0.7, None, f32), []
+    dz = torch.randn(len(student), len(weight), generator=torch.Generator().manual_seed(2)).bfloat16()
+    backend = kernels.Backend(None, lambda *_: lambda rows, columns, w: dz[rows, columns])
+    monkeypatch.setattr(kernels, "operand_dtype", lambda problem: bf16)  # as on a GPU
+    set_chunks(monkeypatch, 99, 50, 0)
+    found = kernels.gradients(problem, None, None, {}, backend, False, True)[1]
+    want = 0.7 * dz.double().T @ student.double()
+    assert found.dtype == bf16 and (found - want).norm() < 5e-3 * want.norm()
+    for tokens, sums in ((99, bf16), (40, f32)):  # one chunk, two
+        set_chunks(monkeypatch, tokens, 50, 0)
+        monkeypatch.setattr(kernels, "accumulate", lambda out, *_: written.append(out.dtype))
+        kernels.gradients(problem, None, None, {}, backend, False, True)
+        assert set(written) == {sums}
+        written.clear()
+
+
+@needs_triton
+@pytest.mark.parametrize("capability, hip, key", [
+    ((8, 0), None, "sm_80"), ((8, 9), None, "sm_80"), ((9, 0), None, "sm_90"), ((10, 3), None, "sm_90"),
+    ((12, 0), None, "sm_80"), ((9, 4), "6.4", "gfx942"),
+])
+def test_a_device_gets_the_tiles_of_its_architecture(monkeypatch, capability, hip, key):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    student, teacher, weight, _ = head_inputs(dtypes=(bf16, f32, bf16))
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
+    for pair, other, found in ((False, None, 0), (True, student, 1), (False, teacher, 2), (True, teacher, 3)):
+        problem = kernels.Problem(student.bfloat16(), other, on_gpu, None, 1.0, None, f32)
+        assert kernels.tile_for(problem, pair) == kernels.TILES[key][found]
+
+
+@needs_triton
+@pytest.mark.parametrize("n, rounds_of_tiles", [(8192, 288), (128, 5), (1, 5), (20_000, 713)])
+def test_strips_cover_the_vocabulary_and_leave_few_processors_idle(monkeypatch, n, rounds_of_tiles):
+    launched, v = [], 151_936
+    monkeypatch.setattr(kernels, "launch", lambda *a, **_: launched.append(a))
+    monkeypatch.setattr(kernels, "tile_for", lambda *_: kernels.TILES["sm_90"][0])  # 594 tiles of 256 columns
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    class Weight(types.SimpleNamespace):
+        __len__ = lambda self: v  # noqa: E731
+
+    weight = Weight(is_cuda=True, device=None, new_zeros=lambda *size, dtype: size)
+    problem = kernels.Problem(None, None, weight, range(n), 1.0, None, f32)
+    fields, strips, tokens = kernels.by_strips(None, problem, False, 4)
+    (_, _, _, parts, _, length), blocks = launched[0], -(-n // 128)
+    assert (fields, tokens) == (4, n) and parts == strips and (strips - 1) * length < 594 <= strips * length
+    assert -(-blocks * strips // 132) * length <= rounds_of_tiles  # at best blocks * 594 / 132
+
+
 @needs_triton
 def test_rows_begin_where_64_bits_say():
     @kernels.triton.jit
@@ -319,7 +373,16 @@ def test_every_kernel_that_would_be_chosen_compiles_without_spills_and_with_matr
     assert {row["arch"] for row in rows} == {"sm_80", "sm_89", "sm_90", "sm_100", "gfx942"} and len(rows) == 5 * 16
     for row in rows:
         assert row["spilled"] == 0 and row["shared"] <= row["shared_limit"], row
-        assert row["matrix_instructions"] > 0 or row["dtype"] == "fp32", row  # exact fp32 has no such units
+        exact = row["dtype"] == "fp32" and row["arch"] in ("sm_80", "sm_89")  # which have no such units for it
+        assert row["matrix_instructions"] > 0 or exact, row
+        assert row["dtype"] == "fp32" or row["FLOP/B"] > 85, row
+
+
+def test_the_model_expects_60_percent_of_cublas_even_of_a_slow_l2():
+    slow = bench_kernels.MACHINES["sm_90"]._replace(l2=5.5e12)
+    sides = [bench_kernels.predict(name, "sm_90", machine=slow) for name in ("student", "teacher")]
+    assert 2 / sum(1 / x["TFLOP/s"] for x in sides) > 424 and all(x["limited by"] == "L2" for x in sides)
+    assert bench_kernels.predict("student", "sm_90")["limited by"] == "tensor"
 
 
 def test_reports_are_printed_and_recorded_with_their_command_and_unknown_ones_refused(tmp_path, capsys, monkeypatch):

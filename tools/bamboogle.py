@@ -68,8 +68,7 @@ def right_answers(printed, digits=1):
 
 def pooled(printed):
     """The accuracy over all 125 questions, in percent; a number that does not have the form is kept."""
-    found = right_answers(printed)
-    return printed if found is None else 100 * sum(found) / 125
+    return 100 * sum(found) / 125 if (found := right_answers(printed)) else printed
 
 
 def main():

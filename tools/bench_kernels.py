@@ -7,7 +7,7 @@
 cpu       seconds and memory of forward and backward against full logits, fp32
 large     memory at sizes whose logits do not fit, bf16
 memory    bytes of the buffers, computed
-roofline  a prediction for an H100, in ms
+roofline  a prediction for each kernel and architecture: what limits it, and TFLOP/s
 accuracy  errors against fp64, of every backend that can run here
 compile   registers, spills and matrix instructions of every kernel on five architectures; needs triton but no GPU
 gpu       ms, TFLOP/s and memory on this GPU, beside the libraries that are installed
@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -175,34 +176,71 @@ def report_memory(n=8192):
         sums = 4 * n * d + 4 * vocab_chunk * d  # fp32 of d_student, and of one chunk of d_weight
         on_cpu = sums + 4 * n * (2 * fields + scores) + kernels.KEEP_BYTES
         on_cpu += 4 * vocab_chunk * d + 4 * token_chunk * (5 * vocab_chunk + 2 * d)  # operands and logits in fp32
-        chunk, strips = kernels.GPU_CHUNK, kernels.STRIPS
-        on_gpu = 4 * n * d + 4 * chunk * d + 2 * chunk * min(n, chunk)  # sums, and dz in bf16
-        on_gpu += 4 * n * ((fields + 7) * strips + fields + scores)  # 7: of [strips, n] in `merge`, at most
+        on_gpu = 4 * n * d + 2 * min(n, kernels.GPU_CHUNK) * min(v, kernels.GPU_CHUNK)  # sums of d_student, and dz
+        on_gpu += 4 * n * ((fields + 7) * kernels.MAX_STRIPS + fields + scores)  # 7: of [strips, n] in `merge`, at most
         rows.append({"model": model, "n": n, "d": d, "v": v, "triton": on_gpu, "torch on cpu": on_cpu,
                      "full logits, at least": 2 * 4 * n * v})  # both sides' log-probs in fp32
     return rows
 
 
-def report_roofline(n=8192):
-    """A prediction for an H100 from its measured ceilings; nothing here was run on one."""
-    flops, rows = 798e12, []  # cuBLAS in bf16
-    for model, (d, v) in QWEN.items():
-        product = 2 * n * d * v / flops * 1e3
-        rows.append({"model": model, "n": n, "one product, ms": product, "forward, student and teacher": 2 * product,
-                     "forward and backward": 5 * product, "with a divergence": 6 * product,
-                     "frozen head": 4 * product})
-    return rows
+class Machine(NamedTuple):
+    """What a GPU can do per second. lanes: fp32 operations, and of shared memory 4-byte words, of all processors."""
+
+    tensor: float  # bf16 FLOP
+    l2: float  # bytes
+    hbm: float  # bytes
+    lanes: float
+    height: int  # rows of hidden states that are multiplied with one read of W's tile from shared memory
+
+
+# sm_90: an H200, whose tensor and L2 rates were measured there (cuBLAS; tiles of 128 x 64 and 128 x 128). Of the others
+# (A100, L40S, B200, MI300X) nothing was: data sheets, and for L2 the share of its nominal rate that the H200 reached.
+MACHINES = {
+    "sm_80": Machine(312e12, 6.2e12, 2.0e12, 108 * 128 * 1.41e9, 32),
+    "sm_89": Machine(362e12, 14.7e12, 0.86e12, 142 * 128 * 2.52e9, 32),
+    "sm_90": Machine(751e12, 9.5e12, 4.8e12, 132 * 128 * 1.755e9, 64),
+    "sm_100": Machine(2250e12, 11.2e12, 8.0e12, 148 * 128 * 1.85e9, 128),
+    "gfx942": Machine(1307e12, 22e12, 5.3e12, 304 * 64 * 2.1e9, 32),
+}
+EPILOGUE = {  # kernel: instructions per logit after the products, counted in the code for sm_90; sides it reads
+    "student": (10, 1), "teacher": (8, 1), "pair": (11, 2), "mixture": (23, 2), "gradient, none": (13, 1),
+    "gradient, rkl": (10, 2), "gradient, fkl": (10, 2), "gradient, jsd": (25, 2),
+}
+
+
+def predict(name, arch, n=8192, d=1536, v=151936, machine=None):
+    """Prediction of a kernel's time in bf16: the slowest of what overlaps (tensor units, L2, HBM, shared memory), then
+    the epilogue, which does not overlap. -> FLOP per byte from L2, ms of each, what limits it, TFLOP/s."""
+    machine, (instructions, sides) = machine or MACHINES[arch], EPILOGUE[name]
+    tile = kernels.TILES[TARGETS[arch][4]][sides - 1]
+    rows, tiles, flop = sides * tile.rows, n * v / (tile.rows * tile.cols), 2 * n * d * v * sides
+    l2 = tiles * 2 * d * (rows + tile.cols)
+    # kernels.GROUP = 16 blocks of rows share one pass over W
+    hbm = 2 * d * (v * math.ceil(n / tile.rows / 16) + n * sides) + 2 * n * v * ("gradient" in name)
+    shared = tiles * 2 * d * (rows + tile.cols * rows / machine.height)
+    ms = {"tensor": flop / machine.tensor, "L2": l2 / machine.l2, "HBM": hbm / machine.hbm,
+          "shared memory": shared / (4 * machine.lanes)}
+    ms = {name: 1e3 * seconds for name, seconds in ms.items()}
+    limiter = max(ms, key=ms.get)
+    epilogue = 1e3 * n * v * sides * instructions / machine.lanes
+    return {"FLOP/B": flop / l2, **ms, "epilogue": epilogue, "limited by": limiter,
+            "TFLOP/s": flop / (ms[limiter] + epilogue) / 1e9}
+
+
+def report_roofline():
+    """`predict` of every kernel on every architecture, for Qwen2.5-1.5B's head and 8,192 tokens."""
+    return [{"arch": arch, "kernel": name, **predict(name, arch)} for arch in TARGETS for name in EPILOGUE]
 
 
 # ------------------------------------------------------------------------------------------------------------- compile
 # What ptxas or the AMD assembler makes of each kernel that would be chosen, found out without a GPU.
 
-TARGETS = {  # architecture: (triton backend, its name there, warp size, bytes of shared memory a block may have)
-    "sm_80": ("cuda", 80, 32, 163 * 1024),
-    "sm_89": ("cuda", 89, 32, 99 * 1024),
-    "sm_90": ("cuda", 90, 32, 227 * 1024),
-    "sm_100": ("cuda", 100, 32, 227 * 1024),
-    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+TARGETS = {  # architecture: (triton's backend, name there, warp size, bytes of shared memory per block, key of TILES)
+    "sm_80": ("cuda", 80, 32, 163 * 1024, "sm_80"),
+    "sm_89": ("cuda", 89, 32, 99 * 1024, "sm_80"),
+    "sm_90": ("cuda", 90, 32, 227 * 1024, "sm_90"),
+    "sm_100": ("cuda", 100, 32, 227 * 1024, "sm_90"),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024, "gfx942"),
 }
 TENSOR_CORES = {  # the instruction that shows that matrix units are used
     "sm_80": "mma.sync",
@@ -214,35 +252,35 @@ TENSOR_CORES = {  # the instruction that shows that matrix units are used
 
 
 def kernel_variants():
-    """name in kernels.TILES -> (kernel, its compile-time flags): every kernel that a call can launch."""
-    forward = {name: (kernels._forward_kernel, {"PAIR": pair, "KL": kl})
-               for name, pair, kl in (("one_sided", False, False), ("pair", True, False), ("pair_kl", True, True))}
-    gradient = {"gradient": (kernels._gradient_kernel, {"DIVERGENCE": "none"})}
-    gradient |= {f"gradient_{name}": (kernels._gradient_kernel, {"DIVERGENCE": name}) for name in DIVERGENCES}
+    """name -> (kernel, its compile-time flags): every kernel of products that a call can launch."""
+    forward = {name: (kernels._forward_kernel, {"PASS": name}) for name in ("student", "teacher", "pair")}
+    gradient = {f"gradient, {name}": (kernels._gradient_kernel, {"DIVERGENCE": name})
+                for name in ("none", *DIVERGENCES)}
     return forward | {"mixture": (kernels._mixture_kernel, {})} | gradient
 
 
-def compile_variant(name, arch, half, tile=None):
-    """-> what the assembler says: registers, spilled and shared bytes, matrix-unit instructions."""
+def compile_variant(name, arch, half):
+    """-> what the assembler says: registers, spilled and shared bytes, matrix instructions; and what will limit it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel, flags = kernel_variants()[name]
-    tile = tile or kernels.choose_tile(name, arch, half)
-    constants = flags | {"BLOCK_N": tile.rows, "BLOCK_V": tile.cols, "BLOCK_D": tile.depth}
+    tile = kernels.TILES[TARGETS[arch][4]][2 * (not half) + EPILOGUE[name][1] - 1]
+    constants = flags | {"BLOCK_N": tile.rows, "BLOCK_V": tile.cols, "BLOCK_D": tile.depth, "PRECISION": tile.precision}
     types = dict.fromkeys(("student", "teacher", "weight", "out"), "*bf16" if half else "*fp32")
-    types |= dict.fromkeys(("partials", "normalisers", "per_token"), "*fp32") | {"targets": "*i64", "scale": "fp32"}
+    types |= dict.fromkeys(("partials", "per_token"), "*fp32") | {"targets": "*i64", "scale": "fp32"}
     signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
     aligned = [i for i, (arg, kind) in enumerate(signature.items())
                if kind.startswith("*") or arg == "D" or arg.startswith("stride")]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    backend, chip, warp, limit = TARGETS[arch]
+    backend, chip, warp, limit, _ = TARGETS[arch]
     compiled = triton.compile(source, target=GPUTarget(backend, chip, warp),
                               options={"num_warps": tile.warps, "num_stages": tile.stages})
     read = read_amdgcn if backend == "hip" else read_ptx
+    model = predict(name, arch) if half else {}
     return {"kernel": name, "arch": arch, "dtype": "bf16" if half else "fp32", "tile": list(tile[:3]),
             "warps": tile.warps, "stages": tile.stages, "shared": compiled.metadata.shared, "shared_limit": limit,
-            **read(compiled.asm, arch)}
+            **read(compiled.asm, arch), **{key: model[key] for key in ("FLOP/B", "limited by") if model}}
 
 
 def read_ptx(asm, arch):
@@ -272,7 +310,7 @@ def report_compile():
     """Every kernel that would be chosen, for every architecture that has a tile and both kinds of dtype."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # silences triton 3.9's warning about this very default
     return [compile_variant(name, arch, half)
-            for arch in kernels.OWN_TILES for half in (True, False) for name in kernel_variants()]
+            for arch in TARGETS for half in (True, False) for name in kernel_variants()]
 
 
 # ---------------------------------------------------------------------------------------------------- measured reports
@@ -411,12 +449,8 @@ def gpu_paths():
     return paths
 
 
-def measure_gpu(path, inputs, rounds):
-    """-> {"ms": of forward and backward, "peak MiB": of memory besides the inputs}."""
-    def step():
-        inputs[0].grad = inputs[2].grad = None
-        bench_loss(path, inputs).backward()
-
+def measure_gpu(step, rounds):
+    """-> {"peak MiB": of memory besides the inputs, "ms"} of a function without arguments."""
     try:
         step()
         torch.cuda.synchronize()
@@ -430,22 +464,36 @@ def measure_gpu(path, inputs, rounds):
         return {"ms": "out of memory"}
 
 
-def report_gpu(rounds, n=8192):
-    """Forward and backward on this GPU in bf16: ms, TFLOP/s of the products that the results need, share of a plain
-    product's rate in the same run, peak memory besides inputs. A path that runs out of memory says so."""
-    rows = []
-    for model, (d, v) in QWEN.items():
-        inputs = bench_inputs((n, d, v, True, None), torch.bfloat16, "cuda")
-        a, b, flop = inputs[0].detach(), inputs[2].detach(), 2 * n * d * v
-        rate = flop / triton.testing.do_bench(lambda: a @ b.t()) * 1e3  # noqa: B023, called at once
-        for name, path in gpu_paths().items():
-            row = {"model": model, "path": name, **measure_gpu(path, inputs, rounds)}
-            if "peak MiB" in row:
-                products = 3 if name.endswith("NLL") else 4  # student and teacher forward, two backward
-                row["TFLOP/s"] = flop * products / row["ms"] / 1e9
-                row["share of a product"] = row["TFLOP/s"] * 1e12 / rate
-            rows.append(row)
-    return rows
+def gpu_steps(inputs):
+    """name -> (function to time, the products of [N, D] and [D, V] that its result needs)."""
+    student, teacher, weight, targets, _ = inputs
+
+    def step(path, divergence=None):
+        student.grad = weight.grad = None
+        bench_loss(path, (student, teacher, weight, targets, divergence)).backward()
+
+    steps = {"fused log-prob, no gradient": (torch.no_grad()(lambda: fused_logprob(student, weight, targets)), 1),
+             "fused, forward": (lambda: fused(*inputs), 2), "fused with rkl": (lambda: step(fused, "rkl"), 4)}
+    for name, path in gpu_paths().items():
+        steps[name] = (lambda path=path: step(path)), 3 if name.endswith("NLL") else 4  # two of them backward
+    return steps
+
+
+def report_gpu(rounds, n=8192, model="Qwen2.5-1.5B"):
+    """The kernels, and forward and backward by full logits and libraries, on this GPU in bf16: ms, TFLOP/s, share of a
+    plain product's rate in the same run, peak memory besides inputs. A path that runs out of memory says so."""
+    d, v = QWEN[model]
+    inputs = bench_inputs((n, d, v, True, None), torch.bfloat16, "cuda")
+    a, b, flop = inputs[0].detach(), inputs[2].detach(), 2 * n * d * v
+    product = triton.testing.do_bench(lambda: a @ b.t())
+    rows = [{"path": "one product", "ms": product, "TFLOP/s": flop / product / 1e9}]
+    for name, (step, products) in gpu_steps(inputs).items():
+        row = {"path": name, **measure_gpu(step, rounds)}
+        if "peak MiB" in row:
+            row["TFLOP/s"] = flop * products / row["ms"] / 1e9
+            row["share of a product"] = product * products / row["ms"]
+        rows.append(row)
+    return [{"device": torch.cuda.get_device_name(), "model": model, "n": n, **row} for row in rows]
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -493,7 +541,7 @@ def main(argv=None):
     run = {
         "accuracy": ("largest errors against fp64 on the same inputs", report_accuracy),
         "memory": ("bytes besides inputs, results and gradients, bf16, computed from the buffers", report_memory),
-        "roofline": ("PREDICTION for an H100 at cuBLAS's 798 TFLOP/s, in ms; not measured", report_roofline),
+        "roofline": ("PREDICTION in ms and TFLOP/s, bf16; measured on sm_90 are two of its constants", report_roofline),
         "compile": ("compiled without a GPU", report_compile),
         "cpu": ("forward and backward against full logits, fp32", lambda: report_cpu(args.rounds, args.threads)),
         "large": ("memory at sizes whose logits do not fit, bf16", lambda: report_large(args.threads)),
