@@ -316,8 +316,10 @@ def checked(options):
     if not given & {*INSTEAD, "MODEL", "model"}:
         raise UserError("Give a model (tiny, runs/webshop-sdar-0/checkpoint-30), --endpoint URL --model NAME, "
                         "--compare A B, --curves RUN RUN, --show RUN, or --view RUN.")
-    if options.get("retrieval") == "none":
-        raise UserError("--retrieval none shows no skills: use --condition without.")
+    if options.get("retrieval") in ("none", "ucb"):
+        raise UserError("--retrieval none shows no skills (use --condition without), and ucb learns in training alone.")
+    if options.get("condition") == "without" and given & {"retrieval", "skills"}:
+        raise UserError("--condition without shows no skills: leave --retrieval and --skills out.")
     if not 0 < options.get("request_timeout", TIMEOUT) <= 86_400:
         raise UserError("--request_timeout must be greater than 0 seconds, and at most a day's, 86400.")
     return options | {"model": options.get("model", options["MODEL"])}

@@ -49,6 +49,7 @@ import lib  # noqa: F401  before torch: it sets how torch's idle threads wait
 import envs
 import kernels
 from lib import agreement, folders, health, hindsight, models, progress, runs
+from lib.analyser import RULES
 from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
 from lib.episodes import episode_lines, note_top, stays, write_step
 from lib.packing import pack
@@ -330,6 +331,18 @@ def validate(cfg, explicit=()):
     if cfg.student_skills and cfg.retrieval == "ucb":
         raise UserError("--retrieval ucb learns from an episode before it chooses for the next, and the student's are "
                         "played side by side: choose another with --student_skills.")
+    shift = cfg.opid_episode_weight or cfg.opid_step_weight
+    if cfg.teacher == "none" and (cfg.rlsd_mix or shift):
+        raise UserError(f"--method {cfg.method} moves advantages by what a teacher says: leave --teacher none out.")
+    if cfg.analyser == "none" and shift:
+        raise UserError("--opid_episode_weight and --opid_step_weight need hindsight skills: choose an --analyser.")
+    if cfg.analyser == "rules" and cfg.env not in RULES:
+        raise UserError(f"There are no rules that analyse {cfg.env}: choose --analyser policy.")
+    if not (cfg.pg_coef or cfg.kl_coef or cfg.entropy_coef or cfg.sdar_coef and cfg.teacher != "none"):
+        raise UserError("Nothing is learned, since every term of eq. (5) has weight 0: raise --pg_coef or --sdar_coef.")
+    if cfg.skills == "other" and cfg.retrieval in ("ucb", "full", "random"):
+        raise UserError(f"--skills other exchanges the texts of task types, by which --retrieval {cfg.retrieval} does "
+                        "not choose: leave one of them out.")
     idle = idle_settings(cfg)
     for name in explicit:
         if name in idle:
@@ -347,6 +360,10 @@ def idle_settings(cfg):
         (taught and cfg.gate == "none", ("gate_beta",), "--gate none has no beta"),
         (cfg.surrogate in ("opsd", "k3"), ("gate", "gate_beta"), f"--surrogate {cfg.surrogate} has no gate"),
         (taught and not cfg.sdar_coef, ("sdar_decay", "distill"), "--sdar_coef is 0"),
+        (cfg.analyser != "none", ("distill",), "every turn with a hindsight skill is distilled"),
+        (not (cfg.opid_episode_weight or cfg.opid_step_weight), ("analyser",), "both of OPID's weights are 0"),
+        (not cfg.pg_coef, ("clip", "dual_clip", "invalid_penalty", "advantage_stats", "gigpo_weight", "gigpo_gamma",
+                           "gigpo_std", "rlsd_mix", "rlsd_clip", "rlsd_decay"), "--pg_coef is 0"),
         (cfg.teacher != "ema", ("ema",), "--teacher is not ema"),
         (not cfg.gigpo_weight, ("gigpo_gamma", "gigpo_std"), "--gigpo_weight is 0"),
         (not cfg.rlsd_mix, ("rlsd_clip", "rlsd_decay"), "--rlsd_mix is 0"),
@@ -355,9 +372,12 @@ def idle_settings(cfg):
         (cfg.history == 0, ("history_observations",), "--history 0 shows no earlier turn"),
         (not cfg.eval_every, {n for n in FIELDS if n.startswith("eval_")} - {"eval_every"}, "--eval_every is 0"),
         (cfg.env != "webshop", ("human_goals",), f"{cfg.env} has one kind of goals"),
+        (cfg.env in ("alfworld", "search"), ("reward",), f"{cfg.env} grades no score but 0 and 1"),
         (cfg.env != "search", ("retriever",), f"{cfg.env} searches nothing"),
         (cfg.retriever, ("env_timeout",), "a retriever's searches have a deadline of their own"),
-        (cfg.retrieval == "none", ("skills",), "--retrieval none shows no skills"),
+        (cfg.retrieval == "none", ("skills", "student_skills"), "--retrieval none shows no skills"),
+        (cfg.student_skills and cfg.teacher in ("live", "rollout") and cfg.teacher_prompt == "message"
+         and cfg.analyser == "none", ("student_skills", "teacher"), "student and teacher see the same"),
     ]
     return {name: why for holds, names, why in rules if holds for name in names}
 
@@ -731,7 +751,8 @@ def step_tasks(cfg, env, step):
 
 def evaluation_tasks(cfg, env):
     """The fixed evaluation set: cfg.eval_tasks tasks of a split, drawn by task type and the same for every run."""
-    tasks = [(split, i, kind) for split in cfg.eval_split.split(",") for i, kind in enumerate(types_of(env, split))]
+    splits = dict.fromkeys(cfg.eval_split.split(","))  # no task counts twice
+    tasks = [(split, i, kind) for split in splits for i, kind in enumerate(types_of(env, split))]
     if len(tasks) < cfg.eval_tasks:
         raise UserError(f"--eval_tasks {cfg.eval_tasks} is more than the {len(tasks)} tasks of split "
                         f"{cfg.eval_split!r}: lower it; 0 plays all.")
@@ -774,7 +795,9 @@ def make_rows(policy, cfg, episodes, skills):
             prompts[key] = ids, not text or contains(policy.chat.tokenizer.decode(ids or turn.prompt_ids), text)
         response = turn.response
         rows.append(Row(turn.prompt_ids, prompts[key][0], response.ids, advantage, response.logp, source, text))
-        missing += not prompts[key][1] or not text and source != "" and cfg.retrieval != "none"
+        missing += not prompts[key][1] or not text.strip() and source != "" and cfg.retrieval != "none"
+    longest = max(len(row.teacher_ids) + len(row.response_ids) for row in rows)
+    agreement.check_lengths(models.text_config(policy.model), cfg.model, longest, longest)
     return rows, metrics | more | {"skills/missing": missing / len(rows)}
 
 
@@ -835,7 +858,7 @@ def routed(cfg, analysis, number):
 
 
 def micro_batches(rows, micro_tokens, packs=True):
-    """Rows -> micro-batches, each a list of shared-prefix groups: lists of rows with one (prompt, teacher prompt).
+    """Rows -> micro-batches, each a list of shared-prefix groups: lists of rows with one prompt.
 
     Sorted by length, so that a micro-batch has little padding; each has at most micro_tokens padded student tokens,
     unless a single group is longer. packs=False: every row is a group of its own.
@@ -853,7 +876,7 @@ def micro_batches(rows, micro_tokens, packs=True):
 def shared_prefix_groups(rows, micro_tokens):
     shared = defaultdict(list)
     for row in rows:
-        shared[row.prompt_ids, row.teacher_ids].append(row)
+        shared[row.prompt_ids].append(row)
     for members in shared.values():
         room, group, prompt = 0, [], len(members[0].prompt_ids)
         for row in members:  # masked attention to siblings is wasted: beyond four prompts' length it outweighs sharing
@@ -871,6 +894,10 @@ def width(group):
 
 
 def pack_rows(policy, micro_batch, teacher=False):
+    """teacher: behind the teacher's prompts, which may differ within a group. The rows' order is the same."""
+    if teacher:
+        micro_batch = [list(alike) for group in micro_batch
+                       for _, alike in itertools.groupby(group, lambda row: row.teacher_ids)]
     prompts = [group[0].teacher_ids if teacher else group[0].prompt_ids for group in micro_batch]
     return pack(prompts, [[row.response_ids for row in group] for group in micro_batch], policy.device)
 

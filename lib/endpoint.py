@@ -136,16 +136,20 @@ class Endpoint:
                     raise http.client.IncompleteRead(data, reply.length)
         except urllib.error.HTTPError as error:
             status, said = f"status {error.code}", ""
-            with contextlib.suppress(OSError, http.client.HTTPException), error:
-                said = " ".join(error.read(2000).decode("utf-8", "replace").split())
-                said = (said.replace(self.key, "***") if self.key else said)[:300]
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError), error:
+                said = self.masked(error.read(ANSWER_LIMIT))
             raise Failure(status, f"{status}, {said}" if said else status, error.code in BUSY or error.code >= 500,
                           retry_after(error.headers)) from error
-        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the latter: a host that is no name
-            reason = getattr(error, "reason", error)
+        except (OSError, http.client.HTTPException, ValueError) as error:  # the last: of a host that is no name, or an
+            reason = getattr(error, "reason", error)  # answer whose form is beyond what http.client and urllib read
             kind = "timed out" if isinstance(reason, TimeoutError) else "connection failed"
-            raise Failure(kind, str(reason).strip() or kind) from error
+            raise Failure(kind, self.masked(str(reason).encode("utf-8", "replace")) or kind) from error
         return read_answer(data)
+
+    def masked(self, said):
+        """The beginning of what a server said, bytes, in which the key is ***."""
+        text = " ".join(said.decode("utf-8", "replace").split())
+        return (text.replace(self.key, "***") if self.key else text)[:300]
 
 
 def read_answer(data):

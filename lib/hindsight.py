@@ -41,7 +41,8 @@ def analyse(policy, cfg, episodes, returns, sample):
         answers = sample(policy, list(map(policy.chat.prompt, messages.values())), some, TEMPERATURE, noises)
         return dict(zip(messages, [policy.chat.response_text(answer.ids) for answer in answers]))
 
-    return by_policy(ask, stories, MOST[cfg.env], lambda text: len(policy.chat.prompt(text)) <= cfg.max_prompt_tokens)
+    most = MOST.get(cfg.env, 5)  # an environment from elsewhere has no script
+    return by_policy(ask, stories, most, lambda text: len(policy.chat.prompt(text)) <= cfg.max_prompt_tokens)
 
 
 def by_policy(ask, stories, most, fits):

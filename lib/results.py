@@ -175,7 +175,8 @@ def difference(first, second, same_seeds=False):
 
 
 def variance(values):
-    return float(values.var(ddof=1)) if len(values) > 1 else 0.0
+    """The unbiased one; of a single value nothing is known."""
+    return float(values.var(ddof=1)) if len(values) > 1 else math.inf
 
 
 # -------------------------------------------------------------------------------------------------------- several files

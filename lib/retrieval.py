@@ -236,7 +236,7 @@ def retry_after(headers):
     try:
         return float(text) if text.strip().isdecimal() else (
             email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError):      # what parsedate_to_datetime raises where there is no date
+    except (ValueError, TypeError, OverflowError):  # what parsedate_to_datetime raises where there is no date
         return None
 
 

@@ -2,7 +2,7 @@
 
     <folder>/general.md        shown always
     <folder>/<task type>.md    one file per task type
-    <folder>/keywords.json     {task type: [word, ..]} for keyword retrieval; without it, the words of the type's name
+    <folder>/keywords.json     {task type: [word or phrase, ..]} for keyword retrieval; else the words of its name
 """
 
 import copy
@@ -36,8 +36,8 @@ class Skills(dict):
     def retrieve(self, kind, task, draw):
         """The text for an episode of this task type and task. draw: a name that the random choice follows from."""
         if self.how == "keyword":  # the paper's KM: all categories of which a keyword is in the task
-            found = set(re.findall(r"\w+", task.lower()))
-            chosen = [name for name, words in self.words.items() if found & set(words)]
+            text = f" {bare_words(task)} "
+            chosen = [name for name, words in self.words.items() if any(f" {word} " in text for word in words)]
         elif self.how == "random":
             chosen = [random.Random(f"skills {draw}").choice(sorted(self.files))]
         elif self.how == "ucb":
@@ -74,6 +74,11 @@ class Skills(dict):
 def retrieve(skills, kind, task, draw):
     """The text for an episode from Skills, or from a plain {task type: text}."""
     return skills.retrieve(kind, task, draw) if isinstance(skills, Skills) else skills[kind]
+
+
+def bare_words(text):
+    """The words of a text in lower case, without what stands between them."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFC", text).casefold()))
 
 
 def contains(prompt, text):
@@ -119,7 +124,7 @@ def read_skills(folder, task_types):
             raise UserError(f"The skills folder {folder} has no {path.name}: it needs general.md and a file for each "
                             f"of {', '.join(task_types)}.")
         try:
-            return path.read_text(encoding="utf-8").strip()
+            return path.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not UTF-8 text that can be read: {describe(error)}") from error
 
@@ -127,17 +132,17 @@ def read_skills(folder, task_types):
 
 
 def read_keywords(path, task_types):
-    """keywords.json -> {task type: lower-case words}; without the file, the words of each type's name. UserError."""
+    """keywords.json -> {task type: its `bare_words`}; without the file, the words of each type's name. UserError."""
     if not path.exists():
-        return {kind: kind.lower().split("_") for kind in task_types}
+        return {kind: bare_words(kind.replace("_", " ")).split() for kind in task_types}
     try:
         check_regular(path)
-        words = json.loads(path.read_text(encoding="utf-8"))
+        words = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file that can be read: {describe(error)}") from error
     wrong = mismatch("it", words, dict.fromkeys(task_types, list)) or next(
-        (f"a word of {kind!r} is {word!r}" for kind in task_types for word in words[kind] if not isinstance(word, str)),
-        None)
+        (f"a word of {kind!r} is {word!r}" for kind in task_types for word in words[kind]
+         if not isinstance(word, str) or not bare_words(word)), None)
     if wrong:
         raise UserError(f"{path} has to hold a list of words for each task type ({wrong:.200}).")
-    return {kind: [word.lower() for word in words[kind]] for kind in task_types}
+    return {kind: list(map(bare_words, words[kind])) for kind in task_types}

@@ -184,9 +184,10 @@ def holm(p_values):
 
 def sample_size(difference, variance):
     """How many pairs, of tasks or of seeds, would show a mean difference this large with 80 % power: 2 or more; inf
-    for 0.
+    for 0, and of an infinite variance.
 
     n = (z_0.975 + z_0.8)^2 variance / difference^2, with the variance of the paired differences: the normal
     approximation, as in Miller 2024 (arXiv 2411.00640). It takes the difference seen for the true one.
     """
-    return max(2, math.ceil((Z + Z_POWER) ** 2 * variance / difference ** 2)) if difference else math.inf
+    exact = (Z + Z_POWER) ** 2 * variance / difference ** 2 if difference else math.inf
+    return exact if exact == math.inf else max(2, math.ceil(exact))

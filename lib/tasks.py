@@ -175,6 +175,8 @@ def checked(answer, size):
             raise BadAnswer(f"info[{name!r}] is {info[name]!r:.100}, which is not of type {NAMES[kind]}")
     if not all(isinstance(action, str) for action in info["admissible"] or ()):
         raise BadAnswer(f"info['admissible'] is {info['admissible']!r:.100} instead of texts")
+    if not isinstance(info.get("teacher_prompt", ""), (str, type(None))):
+        raise BadAnswer(f"info['teacher_prompt'] is {info['teacher_prompt']!r:.100} instead of a text")
     if not isinstance(info.get("retriever_errors", 0), int):
         raise BadAnswer(f"info['retriever_errors'] is {info['retriever_errors']!r:.100} instead of a whole number")
     reward, *ended = middle or [0.0]

@@ -5,16 +5,21 @@ import copy
 import dataclasses
 import json
 import math
+import socketserver
+import threading
 
 import pytest
 import torch
 
 import envs
+import eval as sdar_eval
 import sdar
 from conftest import assert_same_run, config, flags, lines_of, refused
-from lib import hindsight
+from lib import endpoint, hindsight
 from lib.analyser import Analysis
-from lib.skills import CONTROLS, Skills, contains, library, read_skills
+from lib.results import difference
+from lib.skills import CONTROLS, STRATEGIES, Skills, contains, library, read_skills
+from lib.tasks import checked
 
 OWN_METRIC = {"grpo": "grpo/loss", "gigpo": "gigpo/change", "sdar": "sdar/gate", "opsd": "sdar/gap",
               "grpo_opsd": "sdar/gap", "skill_grpo": "skills/missing", "rlsd": "rlsd/change",
@@ -97,6 +102,12 @@ def test_the_official_preset_runs_what_the_scripts_run_under_these_names(method,
     ("--method opid --retrieval full", "--retrieval"), ("--opid_step_weight 1", "--opid_step_weight"),
     ("--method skill_grpo --retrieval ucb", "ucb"), ("--method skill_sd --gate_beta 1", "--gate_beta"),
     ("--sdar_coef 0 --sdar_decay 9", "--sdar_decay"), ("--method grpo --analyser rules", "--analyser"),
+    ("--method opid --teacher none", "--teacher"), ("--method rlsd --teacher none", "--teacher"),
+    ("--method opid --analyser none", "--opid_step_weight"), ("--analyser rules", "--analyser"),
+    ("--method opsd --sdar_coef 0", "weight 0"), ("--method opsd --invalid_penalty 1", "--invalid_penalty"),
+    ("--method opsd --gigpo_weight 1", "--gigpo_weight"), ("--method opid --sdar_coef 1 --distill failed", "--distill"),
+    ("--retrieval full --skills other", "--skills other"), ("--env search --reward score", "--reward"),
+    ("--student_skills", "--student_skills"), ("--method grpo --student_skills", "--student_skills"),
     ("--method ppo", "skill_sd"), ("--retrieval best", "ucb"), ("--ema 2 --teacher ema", "--ema")])
 def test_settings_of_methods_that_would_do_nothing_or_contradict_are_refused(words, culprit, capsys):
     refused(sdar.main, words.split(), culprit, capsys)
@@ -206,7 +217,7 @@ def test_skills_that_are_cut_off_or_empty_are_counted(policy, games):
     missing = lambda cfg, skills: sdar.make_rows(policy, cfg, episodes, skills)[1]["skills/missing"]
     assert missing(config(), skills) == 0 and missing(config(retrieval="none"), dict.fromkeys(skills, "")) == 0
     assert missing(config(teacher_prompt="raw", max_prompt_tokens=50), skills) == 1
-    assert missing(config(), dict.fromkeys(skills, "")) == 1
+    assert missing(config(), dict.fromkeys(skills, "")) == missing(config(), dict.fromkeys(skills, "\n")) == 1
     assert contains("x  cafe\u0301\nau lait", "café au\tlait") and not contains("café au", "café au lait")
 
 
@@ -275,3 +286,73 @@ def test_opid_is_told_apart_by_its_analyser_in_every_output(model_folder, tmp_pa
     assert sdar.main(flags(model_folder, None, method="opid", steps=1, eval_every=0, eval_tasks=None)) == 0
     assert "opid by rules on webshop" in capsys.readouterr().out
     assert lines_of(tmp_path / "runs" / "webshop-opid-rules-0")[0]["opid/analysed"] > 0
+
+
+@pytest.mark.parametrize("retrieval", STRATEGIES)
+def test_lambda_0_is_grpo_bit_for_bit_though_siblings_are_shown_different_skills(retrieval, policy, games):
+    episodes, _ = games["webshop"]
+    plain, _ = trained(policy, of_method("grpo"), episodes, None)
+    cfg = of_method("sdar", retrieval=retrieval, sdar_coef=0.0)
+    skills = sdar.load_skills(cfg, envs.make("webshop").task_types)
+    assert torch.equal(trained(policy, cfg, episodes, skills)[0], plain)
+
+
+def test_what_an_evaluation_cannot_know_is_not_said(capsys):
+    once, twice = (sdar.evaluation_tasks(config(eval_split=s), envs.make("webshop")) for s in ("val", "val,val"))
+    assert once == twice  # no task counts twice
+    won, lost = ({"task_id": 0, "won": won, "score": 0.0} for won in (True, False))
+    assert difference([[won]], [[lost]])["success"]["tasks"] == math.inf  # one task has no variance
+    for words, culprit in ("--condition without --skills other", "--skills"), ("--retrieval ucb", "ucb"):
+        refused(sdar_eval.main, ["tiny", *words.split()], culprit, capsys)
+
+
+def test_keywords_may_be_phrases_in_any_spelling_and_a_byte_order_mark_is_no_text(tmp_path):
+    words = json.dumps({"a": ["Coffee  table", "t-shirt"], "b": ["CAFE\u0301", "STRASSE"]})
+    for name, text in {"general.md": "G", "a.md": "A", "b.md": "B", "keywords.json": words}.items():
+        (tmp_path / name).write_text("\ufeff" + text)
+    skills = library(tmp_path, ("a", "b"), "keyword")
+    shown = {"a coffee-table": "G\nA", "coffee, no tables": "G", "caf\u00e9": "G\nB", "Stra\u00dfe, t shirt": "G\nA\nB"}
+    assert {task: skills.retrieve("a", task, "") for task in shown} == shown
+    (tmp_path / "keywords.json").write_text('{"a": [], "b": ["++"]}')
+    with pytest.raises(sdar.UserError, match=r"a word of 'b' is '\+\+'"):
+        library(tmp_path, ("a", "b"), "keyword")
+
+
+def test_opid_needs_rules_or_the_policy_in_an_environment_from_elsewhere(monkeypatch, policy, games):
+    monkeypatch.setattr(sdar, "RULES", {})
+    with pytest.raises(sdar.UserError, match="choose --analyser policy"):
+        sdar.validate(of_method("opid"))
+    answer, cfg = policy.chat.encode('{"episode_skill": "Search."}'), of_method("opid", env="own", analyser="policy")
+    sample = lambda _, prompts, *__: [sdar.Response(answer, (), "end")] * len(prompts)
+    assert hindsight.analyse(policy, cfg, games["search"][0], [0.0] * 4, sample) == [Analysis("Search.", {})] * 4
+
+
+def test_a_text_for_the_teacher_that_is_none_or_longer_than_the_models_positions_is_told(policy, games, monkeypatch):
+    info = {"task": "", "task_type": "", "admissible": None, "valid": True, "won": False, "score": 0.0}
+    with pytest.raises(ValueError, match="teacher_prompt"):
+        checked(("", info | {"teacher_prompt": 7}), 2)
+    episodes, skills = games["webshop"]
+    long = [dataclasses.replace(e, teacher_prompt="many words " * 2000) for e in episodes]
+    with pytest.warns(RuntimeWarning, match="made for 4096 positions"):  # rotary ones, which have no end
+        sdar.make_rows(policy, config(), long, skills)
+    monkeypatch.setattr(policy.model.config, "rope_parameters", None)
+    with pytest.raises(sdar.UserError, match="has 4096 positions"):
+        sdar.make_rows(policy, config(), long, skills)
+
+
+@pytest.mark.parametrize("reply", [
+    b"sk-secret", b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n-5", b"HTTP/1.1 302 X\r\nLocation: http://[x",
+    b"HTTP/1.1 401 X\r\n\r\n" + b" " * 1995 + b"sk-secret", b"HTTP/1.1 429 X\r\nRetry-After: 1 Jan 99999999999999 0:0",
+    b"HTTP/1.1 500 X\r\nTransfer-Encoding: chunked\r\n\r\n-5"])
+def test_whatever_a_hostile_server_says_is_a_counted_failure_without_the_key(reply, monkeypatch):
+    class Hostile(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(1 << 16), self.request.sendall(reply + b"\r\n\r\n")
+
+    monkeypatch.setattr(endpoint, "PAUSE", 0)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Hostile) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        model = endpoint.Endpoint(f"http://127.0.0.1:{server.server_address[1]}", "m", "sk-secret", max_tokens=5)
+        assert model.answer("hello", 0.0, 0) == endpoint.Answer("", "error")
+        server.shutdown()
+    assert model.failed_in_a_row == 1 and model.last_failure and "sk-s" not in model.last_failure
