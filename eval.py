@@ -12,7 +12,7 @@
       all          128  0.773 [0.694, 0.837]    0.950 [0.934, 0.966]           4.7       0.002       0.000
 
     with - without skills, paired by task
-      success +0.695 [+0.617, +0.773]  p 3.23e-27 (McNemar)  a difference; 80 % power for it: 4 tasks
+      success +0.695 [+0.617, +0.773]  p 3.23e-27 (McNemar)  a difference; 4 tasks would show it (80 % power)
 
     python eval.py --show eval-tiny-webshop.json --lost       what the agent saw and said, turn by turn
     python eval.py --view runs/webshop-sdar-0                 a page of its episodes, tokens coloured by gap and gate

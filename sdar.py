@@ -52,7 +52,7 @@ from lib import agreement, folders, health, hindsight, models, progress, runs
 from lib.analyser import RULES
 from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
 from lib.episodes import episode_lines, note_top, stays, write_step
-from lib.packing import pack
+from lib.packing import micro_batches, pack
 from lib.program import UserError, describe, exit_status
 from lib.settings import Parser, add_options, changeable, check_value, check_values, option, set_by_hand
 from lib.skills import CONTROLS, STRATEGIES, contains, library, retrieve
@@ -149,14 +149,14 @@ def sdar_loss(logp, teacher_logp, mask, *, beta=5.0, num_tokens=None, surrogate=
 
 # A method is a row of settings; nothing else depends on its name. The rivals' formulas are in lib/baselines.py.
 
-UNTAUGHT = {"sdar_coef": 0.0, "teacher": "none", "retrieval": "none"}
+NO_TEACHER = {"sdar_coef": 0.0, "teacher": "none", "retrieval": "none"}
 METHODS = {
-    "grpo": UNTAUGHT,
-    "gigpo": UNTAUGHT | {"gigpo_weight": 1.0, "advantage_stats": "episode"},  # arXiv 2505.10978
+    "grpo": NO_TEACHER,
+    "gigpo": NO_TEACHER | {"gigpo_weight": 1.0, "advantage_stats": "episode"},  # arXiv 2505.10978
     "sdar": {},
     "opsd": {"pg_coef": 0.0, "surrogate": "opsd"},  # distillation without rewards, and without gate
     "grpo_opsd": {"surrogate": "opsd"},
-    "skill_grpo": UNTAUGHT | {"retrieval": "type", "student_skills": True},
+    "skill_grpo": NO_TEACHER | {"retrieval": "type", "student_skills": True},
     "rlsd": {"sdar_coef": 0.0, "teacher": "rollout", "rlsd_mix": 0.5},  # arXiv 2604.03128
     "skill_sd": {"sdar_coef": 0.001, "teacher": "rollout", "surrogate": "k3"},  # its k3, not that of eq. (3)
     "opid": {"sdar_coef": 0.0, "teacher": "rollout", "retrieval": "none", "analyser": "rules",  # arXiv 2606.26790
@@ -220,7 +220,7 @@ class Config:
                             "random one; none: no skills", choices=STRATEGIES)
     skills: str | None = option(None, "folder with general.md and a file per task type, default: data/skills/<env>; or "
                                 "a control: shuffled (its words in another order), other (general.md and another task "
-                                "type's file)")
+                                "type's file), foreign (another environment's)")
     student_skills: bool = option(False, "show the skills to the student while it trains")
     gigpo_weight: float = option(0.0, "weight of GiGPO's step advantages", group="other methods", at_least=0)
     gigpo_gamma: float = option(0.95, "discount of the returns that they compare", at_least=0, at_most=1)
@@ -279,7 +279,8 @@ TINY_DEFAULTS = {
 PRESETS = {"none": {}, "official": {
     "advantage_stats": "turn", "teacher": "rollout", "teacher_prompt": "raw", "entropy_coef": 0.001,
     "check_admissible": False}}
-OFFICIAL = {"opsd": {"surrogate": "mle"}, "grpo_opsd": {"surrogate": "mle", "gate_beta": 0.0}}  # its scripts
+OFFICIAL = {"opsd": {"surrogate": "mle"}, "grpo_opsd": {"surrogate": "mle", "gate_beta": 0.0},  # its scripts
+            "opid": {"teacher_prompt": "message"}}  # OPID's own
 RECIPE = ("env", "model", "preset", "method")  # settings that determine the defaults of the others
 OF_ENV = {name: FIELDS[name].default for name in ("data", "human_goals", "retriever", "skills")}  # belong to one env
 TABLES = ENV_DEFAULTS | {f"tiny in {env}": row for env, row in TINY_DEFAULTS.items()}  # for --help
@@ -314,6 +315,9 @@ def make_config(explicit, base=None):
         values |= OFFICIAL.get(chosen["method"], {})
     cfg = Config(**(values | given))
     validate(cfg, explicit)
+    if cfg.teacher != "none" and cfg.analyser == cfg.retrieval == "none" and "retrieval" not in given:
+        raise UserError(f"The teacher beside --method {cfg.method} would read no skills, so that every gap is 0: add "
+                        "--retrieval type, or none if that is meant.")
     return cfg
 
 
@@ -340,9 +344,9 @@ def validate(cfg, explicit=()):
         raise UserError(f"There are no rules that analyse {cfg.env}: choose --analyser policy.")
     if not (cfg.pg_coef or cfg.kl_coef or cfg.entropy_coef or cfg.sdar_coef and cfg.teacher != "none"):
         raise UserError("Nothing is learned, since every term of eq. (5) has weight 0: raise --pg_coef or --sdar_coef.")
-    if cfg.skills == "other" and cfg.retrieval in ("ucb", "full", "random"):
-        raise UserError(f"--skills other exchanges the texts of task types, by which --retrieval {cfg.retrieval} does "
-                        "not choose: leave one of them out.")
+    if cfg.skills in ("other", "foreign") and cfg.retrieval not in ("type", "none"):
+        raise UserError(f"--skills {cfg.skills} exchanges the texts of task types, and --retrieval {cfg.retrieval} does "
+                        "not choose by these: leave one of them out.")
     idle = idle_settings(cfg)
     for name in explicit:
         if name in idle:
@@ -401,10 +405,13 @@ def turn_context(cfg, info, observation, past=()):
     return Context(info["task"], info["task_type"], history, observation, tuple(info["admissible"] or ()))
 
 
+FOREIGN = {"webshop": "search"}  # environments whose skills inform nothing here; elsewhere WebShop's
+
+
 def load_skills(cfg, task_types):
     """-> {task type: text}, which cfg.retrieval chooses from. Raises UserError if a file is missing."""
     control = cfg.skills if cfg.skills in CONTROLS else None
-    own = folders.ROOT / "data" / "skills" / cfg.env
+    own = folders.ROOT / "data" / "skills" / (FOREIGN.get(cfg.env, "webshop") if control == "foreign" else cfg.env)
     return library(cfg.skills if cfg.skills and not control else own, task_types, cfg.retrieval, control)
 
 
@@ -808,7 +815,7 @@ def turn_advantages(cfg, episodes):
     turns = [(i, turn) for i, e in enumerate(episodes) for turn in e.turns]
     owner = torch.tensor([i for i, _ in turns])  # [B] episode of each turn
     penalty = torch.tensor([0.0 if turn.valid else cfg.invalid_penalty for _, turn in turns], dtype=torch.float64)
-    metrics = {"grpo/zero_variance_groups": runs.mean(tied_groups(cfg, episodes).values())}
+    metrics = {"grpo/zero_variance_groups": runs.mean(zero_variance_groups(cfg, episodes).values())}
     if cfg.advantage_stats == "turn":  # the released code: statistics over turns, penalty inside
         return group_advantages(returns[owner] - penalty, groups[owner]), metrics
     advantages = group_advantages(returns, groups)[owner]  # eq. (1)
@@ -824,7 +831,7 @@ def turn_advantages(cfg, episodes):
     return advantages - penalty, metrics
 
 
-def tied_groups(cfg, episodes):
+def zero_variance_groups(cfg, episodes):
     """{group: whether all of its returns are equal, so that eq. (1) gives 0}."""
     returns = defaultdict(set)
     for e in episodes:
@@ -841,7 +848,7 @@ def skill_texts(policy, cfg, episodes, skills):
         texts = [routed(cfg, one, number) for e, one in zip(episodes, analyses) for number in range(len(e.turns))]
         return texts, {"opid/analysed": runs.mean(one is not None for one in analyses),
                        "opid/step_turns": runs.mean(source == "step" for source, _ in texts)}
-    tied, texts = tied_groups(cfg, episodes), []
+    tied, texts = zero_variance_groups(cfg, episodes), []
     for e in episodes:
         distilled = {"all": True, "failed": not e.won, "zero_variance": tied[e.task.group]}[cfg.distill]
         texts += [("library" if distilled else "", skill_text(skills, e))] * len(e.turns)
@@ -855,42 +862,6 @@ def routed(cfg, analysis, number):
     if analysis and cfg.opid_step_weight and number in analysis.step_skills:
         return "step", analysis.step_skills[number]
     return ("episode", analysis.episode_skill) if analysis and cfg.opid_episode_weight else ("", "")
-
-
-def micro_batches(rows, micro_tokens, packs=True):
-    """Rows -> micro-batches, each a list of shared-prefix groups: lists of rows with one prompt.
-
-    Sorted by length, so that a micro-batch has little padding; each has at most micro_tokens padded student tokens,
-    unless a single group is longer. packs=False: every row is a group of its own.
-    """
-    batch = []
-    for group in sorted(shared_prefix_groups(rows, micro_tokens) if packs else ([row] for row in rows), key=width):
-        if batch and (len(batch) + 1) * width(group) > micro_tokens:
-            yield batch
-            batch = []
-        batch.append(group)
-    if batch:
-        yield batch
-
-
-def shared_prefix_groups(rows, micro_tokens):
-    shared = defaultdict(list)
-    for row in rows:
-        shared[row.prompt_ids].append(row)
-    for members in shared.values():
-        room, group, prompt = 0, [], len(members[0].prompt_ids)
-        for row in members:  # masked attention to siblings is wasted: beyond four prompts' length it outweighs sharing
-            if group and room + len(row.response_ids) > min(4 * prompt, micro_tokens - prompt):
-                yield group
-                room, group = 0, []
-            group.append(row)
-            room += len(row.response_ids)
-        yield group
-
-
-def width(group):
-    """Length of a group's packed student sequence: the teacher does not change how rows are batched."""
-    return len(group[0].prompt_ids) + sum(len(row.response_ids) for row in group)
 
 
 def pack_rows(policy, micro_batch, teacher=False):

@@ -19,6 +19,7 @@ import kernels
 import sdar
 from conftest import config, own_logp, same
 from lib import folders, models
+from lib.packing import width
 
 NO_TEACHER = {"sdar_coef": 0.0, "teacher": "none", "retrieval": "none"}
 numbers = lambda *values: torch.tensor(values, dtype=torch.float64)
@@ -268,7 +269,7 @@ def test_micro_batches_hold_every_row_once_within_their_room_with_and_without_a_
         assert shape(batches) == shape(sdar.micro_batches(alone, room))
         assert sorted(id(r) for batch in batches for g in batch for r in g) == sorted(map(id, rows))
         for batch in batches:
-            assert len(batch) == 1 or len(batch) * max(map(sdar.width, batch)) <= room
+            assert len(batch) == 1 or len(batch) * max(map(width, batch)) <= room
             assert all((r.prompt_ids, r.teacher_ids) == (g[0].prompt_ids, g[0].teacher_ids) for g in batch for r in g)
     assert any(len(g) > 1 for g in batches[0]) and len(batches) == 1  # members of a group share their first prompt
 

@@ -21,6 +21,9 @@ def advice(cfg, folder, recent):
     if always("rollout/invalid", 0.999):
         found["invalid"] = (f"no turn of {PATIENCE} steps was valid, so there is nothing to learn from: {look}; a "
                             f"model that can't hold the answer format first clones the expert: {clone}")
+    elif all(metrics.get("opid/analysed") == 0 for metrics in recent[-PATIENCE:]):
+        found["not analysed"] = (f"no episode of {PATIENCE} steps got a valid analysis, so that opid trains as grpo: "
+                                 "take --analyser rules, or a model that can write JSON")
     elif always("grpo/zero_variance_groups", 1) and won == 0:
         graded = ", --reward score" * (cfg.env == "webshop")
         found["never won"] = (f"no episode of {PATIENCE} steps was won, so no group has anything to compare: {look}; "

@@ -1,6 +1,7 @@
 """Rows that share a prompt, as one sequence [prompt, response 1, response 2, ...]: the mask lets a response see the
 prompt and itself, positions restart after the prompt. A group shares its first prompt, often later ones too."""
 
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -45,3 +46,39 @@ def pack(prompts, responses, device):
         mask = (see | torch.eye(length, dtype=torch.bool))[:, None].to(device)  # padding sees itself: no empty softmax
     return Pack(ids.to(device), positions.to(device), mask, torch.tensor(predictors, device=device),
                 torch.tensor(targets, device=device))
+
+
+def micro_batches(rows, micro_tokens, packs=True):
+    """Rows -> micro-batches, each a list of shared-prefix groups: lists of rows with one prompt.
+
+    Sorted by length, so that a micro-batch has little padding; each has at most micro_tokens padded student tokens,
+    unless a single group is longer. packs=False: every row is a group of its own.
+    """
+    batch = []
+    for group in sorted(shared_prefix_groups(rows, micro_tokens) if packs else ([row] for row in rows), key=width):
+        if batch and (len(batch) + 1) * width(group) > micro_tokens:
+            yield batch
+            batch = []
+        batch.append(group)
+    if batch:
+        yield batch
+
+
+def shared_prefix_groups(rows, micro_tokens):
+    shared = defaultdict(list)
+    for row in rows:
+        shared[row.prompt_ids].append(row)
+    for members in shared.values():
+        room, group, prompt = 0, [], len(members[0].prompt_ids)
+        for row in members:  # masked attention to siblings is wasted: beyond four prompts' length it outweighs sharing
+            if group and room + len(row.response_ids) > min(4 * prompt, micro_tokens - prompt):
+                yield group
+                room, group = 0, []
+            group.append(row)
+            room += len(row.response_ids)
+        yield group
+
+
+def width(group):
+    """Length of a group's packed student sequence: the teacher does not change how rows are batched."""
+    return len(group[0].prompt_ids) + sum(len(row.response_ids) for row in group)

@@ -301,6 +301,6 @@ def print_difference(title, result):
         p = "" if d["p"] is None else f"  p {d['p']:.3g} ({d['test']})"
         verdict = "a difference" if d["shown"] else "no difference shown"
         needed = [f"{d[what]:,} {what}" for what in ("tasks", "seeds") if d[what] not in (None, math.inf)]
-        power = f"; 80 % power for it: {', '.join(needed)}" if needed else ""
+        power = f"; {' or '.join(needed)} would show it (80 % power)" if needed else ""
         print("  {:<8}{:+.3f} [{:+.3f}, {:+.3f}]{}  {}{}".format(
             measure, d["difference"], *d["interval"], p, verdict, power))

@@ -287,7 +287,7 @@ def step_line(cfg, step, m):
              "turns": f"{m['rollout/turns']:.1f}", "invalid": f"{m['rollout/invalid']:.2f}",
              "entropy": f"{m['grpo/entropy']:.2f}", "zero-var": f"{m['grpo/zero_variance_groups']:.2f}"}
     if cfg.teacher != "none":
-        shown["gap"] = f"{m['sdar/gap']:+.3f}"
+        shown["gap"] = f"{m['sdar/gap'] / (m['sdar/distilled'] or 1):+.3f}"  # of the tokens that it acts on
     if m["rollout/errors"]:
         shown["errors"] = str(m["rollout/errors"])
     seconds = f"{m['time/step']:.{0 if m['time/step'] >= 10 else 1}f} s"
@@ -359,7 +359,8 @@ def draw_curve(run, cfg):
     tasks = f"{cfg.eval_tasks or 'all'} tasks of {cfg.eval_split}"
     curves = {"reward/success": (f"training rollouts, T={cfg.temperature:g}", dict(color="0.75", lw=1)),
               "eval/success": (f"{tasks}, T={cfg.eval_temperature:g}", dict(color="C0", marker="o")),
-              "eval/greedy_success": (f"{tasks}, greedy", dict(color="C1", marker="s"))}
+              "eval/greedy_success": (f"{tasks}, greedy", dict(color="C1", marker="s")),
+              "eval/skilled_success": (f"{tasks}, with skills", dict(color="C2", marker="^"))}
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
     for name, (title, style) in curves.items():
         points = [(entry["step"], entry[name]) for entry in entries if isinstance(entry.get(name), float | int)]

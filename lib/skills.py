@@ -6,6 +6,7 @@
 """
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -16,7 +17,7 @@ from pathlib import Path
 from lib.program import UserError, check_regular, describe, mismatch
 
 STRATEGIES = ("type", "keyword", "ucb", "full", "random", "none")
-CONTROLS = ("shuffled", "other")  # what --skills may be instead of a folder
+CONTROLS = ("shuffled", "other", "foreign")  # what --skills may be instead of a folder
 
 
 class Skills(dict):
@@ -89,10 +90,15 @@ def contains(prompt, text):
 
 def library(folder, task_types, how, control=None):
     """A folder of skills -> Skills for these task types, retrieved by one of STRATEGIES; control: one of CONTROLS, or
-    None. Raises UserError."""
+    None; the folder of a foreign one is another environment's. Raises UserError."""
     if how == "none":
         return Skills(dict.fromkeys(task_types, ""))
-    general, files = read_skills(folder, task_types)
+    names = task_types
+    if control == "foreign":
+        names = sorted(path.stem for path in Path(folder).glob("*.md") if path.stem != "general")
+    general, files = read_skills(folder, names)
+    if control == "foreign":
+        files = dict(zip(task_types, itertools.cycle(files.values())))
     if control == "shuffled":  # the same words in another order
         general, files = shuffled(general), {kind: shuffled(text) for kind, text in files.items()}
     if control == "other":  # another task type's file beside the same general.md

@@ -68,8 +68,10 @@ ARMS = {  # settings that make an arm; strengths are written out, whatever the d
     "no_gate_1": sdar(gate="none"),  # controls from here on: a weight of 1 whatever the teacher says
     "no_skill_1": sdar(retrieval="none"),  # the teacher reads what the student reads: gap 0, gate 1/2, as at beta 0
     "shuffled_1": sdar(skills="shuffled"),
-    "other_1": sdar(skills="other")}
-IN_PART_A = ("grpo", "gigpo", "sdar_0.01", "sdar_1", "rkl_1", "opid_0.001", "opid_1", "no_gate_1", "shuffled_1")
+    "other_1": sdar(skills="other"),
+    "foreign_1": sdar(skills="foreign")}
+IN_PART_A = ("grpo", "gigpo", "sdar_0.01", "sdar_1", "rkl_1", "opid_0.001", "opid_1", "no_gate_1", "shuffled_1",
+             "foreign_1")
 FEWER_ARMS = {("A", "search"): IN_PART_A, ("A", "alfworld"): IN_PART_A} | {
     ("B", env): ("grpo", "gigpo", "sdar_0.01", "sdar_1") for env in SPLITS}  # elsewhere: all
 
