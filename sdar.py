@@ -345,8 +345,8 @@ def validate(cfg, explicit=()):
     if not (cfg.pg_coef or cfg.kl_coef or cfg.entropy_coef or cfg.sdar_coef and cfg.teacher != "none"):
         raise UserError("Nothing is learned, since every term of eq. (5) has weight 0: raise --pg_coef or --sdar_coef.")
     if cfg.skills in ("other", "foreign") and cfg.retrieval not in ("type", "none"):
-        raise UserError(f"--skills {cfg.skills} exchanges the texts of task types, and --retrieval {cfg.retrieval} does "
-                        "not choose by these: leave one of them out.")
+        raise UserError(f"--skills {cfg.skills} exchanges the texts of task types, and --retrieval {cfg.retrieval} "
+                        "does not choose by these: leave one of them out.")
     idle = idle_settings(cfg)
     for name in explicit:
         if name in idle:

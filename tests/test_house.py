@@ -56,7 +56,7 @@ def test_no_file_imports_itself_through_others():
 def test_what_is_meant_to_be_read_stays_small():
     lines = lambda path: len(path.read_text().splitlines())
     assert {name: lines(ROOT / name) for name, most in AT_MOST.items() if lines(ROOT / name) > most} == {}
-    assert sum(map(lines, [*ROOT.glob("test_*.py"), *ROOT.glob("tests/*.py")])) <= 5400
+    assert sum(map(lines, [*ROOT.glob("test_*.py"), *ROOT.glob("tests/*.py")])) <= 5500
 
 
 def test_every_warning_is_a_warning_of_python_which_one_place_prints():

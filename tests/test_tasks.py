@@ -51,7 +51,8 @@ def tasks_of(name):
         shops = [envs.WebShop(), envs.WebShop(human_goals=True), envs.WebShop(seed=7, shuffle_seed=7)]
         return [*generated.webshop_catalogue()[:3], *[[shop.goals, shop.price] for shop in shops]]
     if name == "search":
-        return [generated.search_questions(), generated.fact_passages()]
+        questions = {split: [question[:6] for question in some] for split, some in generated.search_questions().items()}
+        return [questions, generated.fact_passages()]  # without teacher_prompt, which only official ones have
     games = [generated.generate_game(split, number) for split in ALFWORLD_SPLITS for number in range(130)]
     return [[game._replace(types={}), sorted(game.types.items())] for game in games]
 
