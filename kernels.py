@@ -735,7 +735,7 @@ class Tile(NamedTuple):
 # A dtype has a single depth: both passes must sum a logit in the same order, or else p would not sum to 1.
 TILES = {  # the oldest architecture that has them: for kernels that read one side, and both; the same in fp32
     "sm_80": (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 8, 2), Tile(32, 64, 32, 8, 2)),
-    "sm_90": (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 3, "tf32x3"),
+    "sm_90": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 3, "tf32x3"),
               Tile(128, 64, 32, 8, 3, "tf32x3")),
     "gfx942": (Tile(128, 256, 64, 8, 2), Tile(128, 128, 64, 8, 2), Tile(128, 128, 32, 8, 2), Tile(128, 64, 32, 8, 2)),
 }
