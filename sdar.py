@@ -187,7 +187,7 @@ class Config:
     max_prompt_tokens: int = option(4096, "limit of a prompt; skills come on top of it", at_least=1, resume=True)
     max_response_tokens: int = option(512, "limit of a response", at_least=1, resume=True)
     rollout_batch: int = option(128, "responses generated side by side", at_least=1, resume=True)
-    method: str = option("sdar", "a row of METHODS in sdar.py", group="algorithm", choices=tuple(METHODS))
+    method: str = option("sdar", "implies settings below (README)", group="algorithm", choices=tuple(METHODS))
     preset: str = option("none", "official: as the released code does it (README)", choices=("none", "official"))
     clip: float = option(0.2, "e of eq. (2)", above=0)
     dual_clip: float = option(3.0, "bound on the loss of negative advantages, eq. (2)", at_least=1)

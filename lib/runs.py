@@ -287,7 +287,7 @@ def step_line(cfg, step, m):
              "turns": f"{m['rollout/turns']:.1f}", "invalid": f"{m['rollout/invalid']:.2f}",
              "entropy": f"{m['grpo/entropy']:.2f}", "zero-var": f"{m['grpo/zero_variance_groups']:.2f}"}
     if cfg.teacher != "none":
-        shown["gap"] = f"{m['sdar/gap'] / (m['sdar/distilled'] or 1):+.3f}"  # of the tokens that it acts on
+        shown["gap"] = f"{m['sdar/gap'] / (m.get('sdar/distilled') or 1):+.3f}"  # of the tokens that it acts on
     if m["rollout/errors"]:
         shown["errors"] = str(m["rollout/errors"])
     seconds = f"{m['time/step']:.{0 if m['time/step'] >= 10 else 1}f} s"

@@ -303,10 +303,12 @@ def test_step_lines_fit_100_columns_with_everything_in_them():
     for steps, seconds, errors, gap, teacher in (
             (150, 66.2, 0, -0.123, "live"), (10_000, 12_345.6, 99_999, -10.123, "live"), (9, 99, 0, 0.0, "none")):
         metrics = {"reward/success": 0.5, "rollout/turns": 49.9, "rollout/invalid": 0.123, "rollout/errors": errors,
-                   "grpo/entropy": 1.9, "grpo/zero_variance_groups": 1.0, "sdar/gap": gap, "time/step": seconds}
+                   "grpo/entropy": 1.9, "grpo/zero_variance_groups": 1.0, "sdar/gap": gap / 2, "sdar/distilled": 0.5,
+                   "time/step": seconds}
         line = runs.step_line(config(steps=steps, teacher=teacher), steps, metrics)
         assert len(line) <= 100 and "success 0.50" in line and "invalid 0.12" in line and line.endswith(" s")
         assert (f"errors {errors}" in line) == (errors > 0) and ("turns" in line) == (steps < 10_000)
+        assert (f"gap {gap:+.3f}" in line) == (steps == 150)  # per token that is distilled
 
 
 def test_a_real_models_memory_and_disk_are_told_before_it_starts(policy, model_folder, tmp_path, monkeypatch):
