@@ -17,7 +17,7 @@ NAMES = {"webshop": "WebShop", "alfworld": "ALFWorld", "search": "Search-QA"}
 UNTRAINED = "untrained"  # the arm that is evaluated before any training
 CONTROLS = ("no_gate_1", "no_skill_1", "shuffled_1", "other_1", "foreign_1")
 COLORS = {"grpo": "black", "gigpo": "#e69f00", "sdar_0.01": "#56b4e9", "sdar_1": "#0072b2", "rkl_1": "#009e73",
-          "opid_1": "#cc79a7", "no_gate_1": "#d55e00"}  # arms whose curves are drawn, readable by colour-blind people
+          "opid_1": "#cc79a7", "no_gate_1": "#d55e00", "foreign_1": "0.5"}  # curves that are drawn, for all eyes
 # From grpo's figures before the study: search half-way to its end with full batches, alfworld just below its end.
 THRESHOLDS = {"webshop": 0.5, "search": 0.3, "alfworld": 0.3}
 
