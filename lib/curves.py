@@ -15,7 +15,7 @@ from lib.runs import data_label
 from lib.statistics import t_interval
 
 KINDS = {"env": str, "method": str, "seed": int}  # what is used of a run's settings
-PANES = {"eval/success": "sampled at T={}", "eval/greedy_success": "greedy"}
+PANES = {"eval/success": "sampled at T={}", "eval/greedy_success": "greedy", "eval/skilled_success": "with skills"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # told apart by all eyes
 MARKERS = "osD^vP*"
 
@@ -71,7 +71,8 @@ def band(runs, metric):
 
 
 def draw(paths, out, defaults):
-    """Draws the runs into the picture `out`: a row per environment, sampled and greedy; prints where each group ends.
+    """Draws the runs into the picture `out`: a row per environment, a pane per kind of evaluation; prints where each
+    group ends.
     defaults: {setting: value} of the settings that tell runs apart. Raises UserError."""
     optional("matplotlib", "matplotlib").use("Agg")
     from matplotlib import pyplot
@@ -81,16 +82,18 @@ def draw(paths, out, defaults):
     groups = {key: grouped(some, defaults) for key, some in rows.items()}
     styles = {label: (COLORS[number % len(COLORS)], MARKERS[number // len(COLORS) % len(MARKERS)])
               for number, label in enumerate(dict.fromkeys(label for some in groups.values() for label in some))}
-    figure, panes = pyplot.subplots(len(rows), 2, figsize=(9, 3.8 * len(rows)), sharey=True, squeeze=False,
-                                    gridspec_kw={"hspace": 0.4, "wspace": 0.06})
+    runs = [run for some in rows.values() for run in some]
+    metrics = {name: how for name, how in PANES.items() if any(run.points[name] for run in runs)}
+    figure, panes = pyplot.subplots(len(rows), len(metrics), figsize=(4.5 * len(metrics), 3.8 * len(rows)), sharey=True,
+                                    squeeze=False, gridspec_kw={"hspace": 0.4, "wspace": 0.06})
     for (env, tasks), row in zip(rows, panes):
         print(f"{env} ({tasks})")
-        for pane, (metric, how) in zip(row, PANES.items()):
+        for pane, (metric, how) in zip(row, metrics.items()):
             draw_pane(pane, groups[env, tasks], metric, styles)
             warm = " or ".join(sorted({str(run.settings.get("eval_temperature")) for run in rows[env, tasks]}))
             pane.set_title(f"{env}, {how.format(warm)}\n{tasks}".replace("$", r"\$"), size=10)  # no mathematics
         row[0].set_ylabel("success on the evaluation set")
-        row[1].legend(*row[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.02, 0.5),
+        row[-1].legend(*row[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.02, 0.5),
                       frameon=False, fontsize=9)
     for pane in panes[-1]:
         pane.set_xlabel("training step")
