@@ -3,8 +3,8 @@
     fused_logprob(hidden, weight, targets)            -> (logp, entropy)
     fused_gap_gate(student, teacher, weight, targets) -> GapGate(logp, teacher_logp, entropy, gap, gate, divergence)
 
-This file needs only torch, uses triton where it is installed and the tensors are on a GPU, and can be copied into any
-trainer. N tokens, D hidden size, V vocabulary, t temperature.
+This file needs only torch (2.8 on a GPU), uses triton where it is installed and the tensors are on a GPU, and can be
+copied into any trainer. N tokens, D hidden size, V vocabulary, t temperature.
 
 Forward. Student and teacher share the head W. Per token, with target y and logits z = W h / t, zt = W h_T / t:
 
