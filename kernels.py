@@ -3,8 +3,8 @@
     fused_logprob(hidden, weight, targets)            -> (logp, entropy)
     fused_gap_gate(student, teacher, weight, targets) -> GapGate(logp, teacher_logp, entropy, gap, gate, divergence)
 
-This file needs only torch, uses triton where it is installed and the tensors are on a GPU, and can be copied into any
-trainer. N tokens, D hidden size, V vocabulary, t temperature.
+This file needs only torch (2.8 on a GPU), uses triton where it is installed and the tensors are on a GPU, and can be
+copied into any trainer. N tokens, D hidden size, V vocabulary, t temperature.
 
 Forward. Student and teacher share the head W. Per token, with target y and logits z = W h / t, zt = W h_T / t:
 
@@ -35,7 +35,7 @@ in KEEP_BYTES. Ignored tokens are dropped before the first product: they cost no
 
 Limits. Arithmetic is fp32 (fp64, by torch alone, where student or weight is). Hidden states are promoted to the dtype
 of a wider weight. Products of half-precision operands are summed in fp32; on CPUs, where they are slow, each chunk is
-copied to fp32. fp16 dz may underflow without loss scaling. Only first derivatives.
+copied to fp32. fp16 dz may underflow without loss scaling. Only first derivatives. Exclude calls from torch.compile.
 """
 
 import math
@@ -76,7 +76,8 @@ def fused_logprob(hidden, weight, targets, *, temperature=1.0, backend="auto"):
     """Log-probability of each target, and entropy, of softmax(hidden @ weight.T / temperature).
 
     hidden [N, D] and weight [V, D]: floating point, any strides. targets [N]: int64 in 0..V-1, or -100 = ignore.
-    Returns (logp, entropy), each [N] in fp32 (fp64 where an input is), differentiable w.r.t. hidden and weight.
+    temperature: 1e-12..1e12. backend: "auto", "triton" or "torch", see `choose_backend`.
+    Returns (logp, entropy in nats), each [N] in fp32 (fp64 where an input is), differentiable w.r.t. hidden and weight.
     Raises ValueError or TypeError on inputs that don't fit together.
     """
     check_inputs({"hidden": hidden}, weight, targets, temperature)
@@ -84,13 +85,12 @@ def fused_logprob(hidden, weight, targets, *, temperature=1.0, backend="auto"):
     return logp, entropy
 
 
-def fused_gap_gate(
-    student, teacher, weight, targets, *, beta=5.0, gate="gap", temperature=1.0, divergence=None, backend="auto"
-):
+def fused_gap_gate(student, teacher, weight, targets, *, beta=5.0, gate="gap", temperature=1.0, divergence=None,
+                   backend="auto"):
     """Student's and teacher's view of the same targets under one head: SDAR's equation (4) and its relatives.
 
     student, teacher [N, D]: hidden states without and with the privileged context; dtypes may differ. weight, targets,
-    temperature: as in `fused_logprob`. gate: "gap" | "entropy" | "soft_or" | "none". divergence: None, "rkl" =
+    temperature, backend: as in `fused_logprob`. gate: "gap" | "entropy" | "soft_or" | "none". divergence: None, "rkl" =
     KL(student || teacher), "fkl" = KL(teacher || student) or "jsd" = Jensen-Shannon, in nats.
     Returns GapGate, fields [N] in fp32 (fp64 where student or weight is). logp, entropy and divergence are
     differentiable w.r.t. student and weight; teacher gets no gradient, and weight none through the teacher.
@@ -101,9 +101,8 @@ def fused_gap_gate(
     if divergence is not None and divergence not in DIVERGENCES:
         raise ValueError(f"divergence={divergence!r} is unknown; choose None or one of {', '.join(DIVERGENCES)}")
     check_inputs({"student": student, "teacher": teacher}, weight, targets, temperature)
-    logp, entropy, teacher_logp, div = head_scores(
-        student, teacher.detach(), weight, targets, temperature, divergence, backend
-    )
+    logp, entropy, teacher_logp, div = head_scores(student, teacher.detach(), weight, targets, temperature, divergence,
+                                                   backend)
     gap = teacher_logp - logp.detach()
     gates = gate_values(gate, gap, entropy.detach(), beta).masked_fill(targets == IGNORE, 0)
     return GapGate(logp, teacher_logp, entropy, gap, gates, div)
@@ -134,14 +133,13 @@ def check_inputs(hiddens, weight, targets, temperature):
             raise ValueError(f"{name} is on {x.device} but weight is on {weight.device}; move them to one device")
     if len(weight) == 0:
         raise ValueError(f"weight needs a row per vocabulary entry, got shape {tuple(weight.shape)}")
+    shape = len(targets), weight.shape[1]
     for name, x in hiddens.items():
-        if x.shape != (len(targets), weight.shape[1]):
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}, but targets of length {len(targets)} and weight of shape "
-                f"{tuple(weight.shape)} ask for {(len(targets), weight.shape[1])}"
-            )
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        if x.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, but targets of length {len(targets)} and weight of "
+                             f"shape {tuple(weight.shape)} ask for {shape}")
+    if not 1e-12 <= temperature <= 1e12:  # beyond, scaled logits pass LOWEST or fp32's limits
+        raise ValueError(f"temperature must lie in 1e-12..1e12, got {temperature}")
     wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= len(weight)))]
     if len(wrong):
         raise ValueError(f"targets must be {IGNORE} or lie in 0..{len(weight) - 1}, got {wrong[:5].tolist()}")
@@ -152,10 +150,8 @@ def describe(x):
 
 
 def choose_backend(backend, student, weight):
-    """The name of the backend that runs for these tensors; "auto" is triton on a GPU where it is installed.
-
-    Raises ValueError, with the reason, if the named backend can't run them.
-    """
+    """The name of the backend that runs for these tensors; "auto" is triton wherever it can run, on a GPU.
+    Raises ValueError, with the reason, if the named backend can't run them."""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend={backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
     reason = None
@@ -163,6 +159,8 @@ def choose_backend(backend, student, weight):
         reason = "triton is not installed (pip install triton)"
     elif not weight.is_cuda and not interpreted():
         reason = f"the tensors are on {weight.device} (only the interpreter, TRITON_INTERPRET=1, runs there)"
+    elif weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] < 8:
+        reason = "the GPU is older than sm_80"
     elif torch.float64 in (student.dtype, weight.dtype):
         reason = "it computes in fp32 and a tensor is fp64"
     if backend == "triton" and reason:
@@ -212,10 +210,12 @@ class Backend(NamedTuple):
 
 
 def head_scores(student, teacher, weight, targets, temperature, divergence, backend):
-    """-> logp, entropy, teacher_logp, divergence, all [N]; the last two are None where there is none."""
+    """-> logp, entropy, teacher_logp, divergence, all [N]; the last two are None where there is none.
+
+    Autocast, which would round the sums, is off; triton's kernels run on the current device, so it is the weight's."""
     chosen = BACKENDS[choose_backend(backend, student, weight)]
     keep = torch.is_grad_enabled() and (student.requires_grad or weight.requires_grad)
-    with torch.autocast(weight.device.type, enabled=False):  # it would round the sums
+    with torch.autocast(weight.device.type, enabled=False), torch.cuda.device_of(weight):
         return HeadScores.apply(student, weight, teacher, targets, 1.0 / temperature, divergence, chosen, keep)
 
 
@@ -229,7 +229,7 @@ class HeadScores(torch.autograd.Function):
         problem = without_ignored(student, teacher, weight, targets, rows, scale, divergence)
         scores, kept = backend.forward(problem, KEEP_BYTES if keep and not weight.is_cuda else 0)
         kept_logits = [logits for both_sides in kept.values() for logits in both_sides]
-        ctx.save_for_backward(student, weight, teacher, targets, rows, *scores, *kept_logits)
+        ctx.save_for_backward(student, weight, teacher if divergence else None, targets, rows, *scores, *kept_logits)
         ctx.constants = scale, divergence, backend, list(kept)
         ctx.set_materialize_grads(False)
         results = (scores.logp, scores.entropy, scores.teacher_logp, scores.divergence)
@@ -260,7 +260,8 @@ def without_ignored(student, teacher, weight, targets, rows, scale, divergence):
 
     def gather(hidden):
         hidden = hidden if rows is None else hidden[rows]
-        return row_major(hidden.to(torch.promote_types(hidden.dtype, weight.dtype)))
+        fp64 = hidden.dtype == torch.float64  # of a teacher beside an fp32 student: rounded
+        return row_major(hidden.to(dtype if fp64 else torch.promote_types(hidden.dtype, weight.dtype)))
 
     student, teacher = gather(student), None if teacher is None else gather(teacher)
     targets = (targets if rows is None else targets[rows]).contiguous()  # triton's kernels know no stride of it
@@ -584,7 +585,7 @@ if triton is not None:
 
     @triton.jit
     def _load(pointers, d, D, BLOCK_D: tl.constexpr):
-        """Elements d, d + 1, ... of rows, zeros beyond D."""
+        """Elements d to d + BLOCK_D - 1 of rows, zeros beyond D."""
         return tl.load(pointers + d, mask=tl.arange(0, BLOCK_D)[None, :] < D - d, other=0.0)
 
     @triton.jit
@@ -759,8 +760,7 @@ def launch(kernel, problem, tile, parts, arguments, integer, **flags):
     kernel[(triton.cdiv(len(student), tile.rows) * parts,)](
         student, teacher, weight, *arguments, len(student), student.shape[1], len(weight), integer,
         student.stride(0), teacher.stride(0), weight.stride(0), problem.scale, **flags, PRECISION=tile.precision,
-        BLOCK_N=tile.rows, BLOCK_V=tile.cols, BLOCK_D=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
-    )
+        BLOCK_N=tile.rows, BLOCK_V=tile.cols, BLOCK_D=tile.depth, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def by_strips(kernel, problem, pair, fields, *tensors, **flags):
@@ -789,7 +789,7 @@ def triton_forward(problem, keep_bytes):
     else:
         partials = by_strips(_forward_kernel, problem, False, len(STUDENT), PASS="student")
         if problem.teacher is not None:
-            other = problem._replace(student=problem.teacher, teacher=problem.student)
+            other = problem._replace(student=problem.teacher, teacher=problem.student)  # so that both get the same tile
             partials = torch.cat([partials, by_strips(_forward_kernel, other, False, len(TEACHER), PASS="teacher")])
     for hidden, zy in ((problem.student, 3), (problem.teacher, 6)):
         if hidden is not None:  # into the first strip; zy of the others stays zero

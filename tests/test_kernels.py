@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -61,8 +62,7 @@ def head_inputs(n=45, d=24, v=131, *, dtypes=(f32, f32, f32), scale=1.0, ignored
 def far_below_zero(below, dtype, scale):
     """Logits of the student are `below` zero, those of the teacher half as far."""
     *inputs, targets = head_inputs(scale=scale, dtypes=(dtype,) * 3)
-    extra = 1.0, 0.5, -below  # a column of each
-    student, teacher, weight = (torch.nn.functional.pad(x, (0, 1), value=y) for x, y in zip(inputs, extra))
+    student, teacher, weight = (torch.nn.functional.pad(x, (0, 1), value=y) for x, y in zip(inputs, (1.0, 0.5, -below)))
     assert (student @ weight.T).max() < -below / 2
     return student, teacher, weight, targets
 
@@ -136,6 +136,7 @@ def test_values_and_gradients_are_those_of_dense_fp64_in_the_right_dtype_and_inp
     assert_close(students_half, (out[0], out[2]), 2e-6)
     assert backend == "triton" or equal(students_half, (out[0], out[2]))
     assert equal(before, inputs)
+    assert kernels.without_ignored(*inputs, None, 1.0, None).teacher.dtype in (bf16, f32, dtype)  # not wider
 
 
 @pytest.mark.parametrize("divergence, mirrored", [("rkl", "fkl"), ("fkl", "rkl"), ("jsd", "jsd")])
@@ -162,7 +163,7 @@ def test_sizes_around_those_of_tiles_give_the_same_and_two_runs_are_bit_equal(mo
 @pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(n=st.integers(1, 140), d=st.integers(1, 90), v=st.integers(2, 300), divergence=st.sampled_from(DIVERGENCES),
-       temperature=st.sampled_from([0.5, 1.0, 2.0]))
+       temperature=st.sampled_from([0.5, 1.0, 1e12]))
 def test_the_backends_agree_on_random_shapes(n, d, v, divergence, temperature):
     inputs, options = head_inputs(n, d, v), {"divergence": divergence, "temperature": temperature}
     (out, grads), (want, want_grads) = (run(fused_gap_gate, *inputs, backend=x, **options) for x in ("triton", "torch"))
@@ -173,8 +174,7 @@ def test_the_backends_agree_on_random_shapes(n, d, v, divergence, temperature):
 @pytest.mark.slow
 def test_the_whole_vocabulary_of_qwen_passes():
     inputs = head_inputs(3, 16, 151_936, ignored=())
-    out = fused_gap_gate(*inputs, divergence="rkl", backend="triton")
-    assert_close(out, dense(*inputs, divergence="rkl"))
+    assert_close(fused_gap_gate(*inputs, divergence="rkl", backend="triton"), dense(*inputs, divergence="rkl"))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -222,11 +222,12 @@ def test_no_product_is_computed_that_was_kept_or_that_no_gradient_needs(monkeypa
     monkeypatch.setattr(kernels, "accumulate", lambda *a: products.append(1) or original(*a))
     student, teacher, weight, targets = head_inputs()
     assert not fused_gap_gate(student, leaf(teacher), weight, targets).logp.requires_grad
+    passing = torch.inference_mode()(teacher.clone)()  # which cannot be saved for the backward pass
     for s, w, count in ((leaf(student), weight, 1), (student, leaf(weight), 1), (leaf(student), leaf(weight), 2)):
         for divergence, output, again in ((None, "logp", 21 - kept), ("rkl", "logp", 21 - pairs),
                                           ("rkl", "divergence", 2 * (21 - pairs))):
             products.clear()
-            out = fused_gap_gate(s, teacher, w, targets, divergence=divergence)
+            out = fused_gap_gate(s, teacher if divergence else passing, w, targets, divergence=divergence)
             assert len(products) == 2 * 7 * 3  # two sides of 43 tokens by 131 columns
             getattr(out, output).sum().backward()
             assert len(products) == 42 + again + 21 * count
@@ -252,7 +253,7 @@ def test_memory_of_logits_stays_bounded_as_tokens_grow(monkeypatch):
     ("student", torch.zeros(3, 24, dtype=torch.int64), TypeError, "student must be .* got torch.int64"),
     ("student", torch.zeros(1, 3, 24), TypeError, "student must be a 2-D"),
     ("weight", torch.zeros(0, 24), ValueError, r"weight .* \(0, 24\)"),
-    *(("temperature", x, ValueError, f"positive and finite, got {x}") for x in (0.0, -1.0, math.inf, math.nan)),
+    *(("temperature", x, ValueError, f"lie in 1e-12..1e12, got {x}") for x in (0.0, -1.0, 9e-13, 2e12, math.nan)),
     *((name, "kl", ValueError, f"{name}='kl' is unknown") for name in ("gate", "divergence", "backend")),
 ])
 def test_inputs_that_do_not_fit_are_refused_in_one_sentence_with_the_offending_values(argument, value, error, words):
@@ -267,7 +268,10 @@ def test_auto_is_triton_on_a_gpu_and_a_backend_that_cannot_run_is_refused_with_i
     student, _, weight, targets = head_inputs()
     gpu = types.SimpleNamespace(is_cuda=True, dtype=bf16, device="cuda:0")
     assert choose_backend("auto", student, weight) == choose_backend("torch", student, weight) == "torch"
-    assert choose_backend("auto", gpu, gpu) == ("torch" if kernels.triton is None else "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", mock.Mock(side_effect=[(8, 0), (7, 5)]))
+    assert [choose_backend("auto", gpu, gpu) for _ in range(2)] == [[*kernels.BACKENDS][-1], "torch"]
+    monkeypatch.setattr(torch.cuda, "device_of", mock.MagicMock())  # triton's kernels run on the current device
+    assert fused_logprob(student, weight, targets) and torch.cuda.device_of.call_args.args[0] is weight
     monkeypatch.setattr(kernels, "triton", None if "installed" in words else types)
     monkeypatch.setattr(kernels, "BACKENDS", dict.fromkeys(("torch", "triton")))
     monkeypatch.setenv("TRITON_INTERPRET", "0" if "cpu" in words else "1")
@@ -298,12 +302,11 @@ def test_a_bf16_gradient_of_w_needs_no_wider_sums_where_one_product_gives_it(mon
     found = kernels.gradients(problem, None, None, {}, backend, False, True)[1]
     want = 0.7 * dz.double().T @ student.double()
     assert found.dtype == bf16 and (found - want).norm() < 5e-3 * want.norm()
-    for tokens, sums in ((99, bf16), (40, f32)):  # one chunk, two
+    for tokens in (99, 40):  # one chunk, two
         set_chunks(monkeypatch, tokens, 50, 0)
         monkeypatch.setattr(kernels, "accumulate", lambda out, *_: written.append(out.dtype))
         kernels.gradients(problem, None, None, {}, backend, False, True)
-        assert set(written) == {sums}
-        written.clear()
+    assert set(written[:3]) == {bf16} and set(written[3:]) == {f32}
 
 
 @needs_triton
@@ -327,13 +330,9 @@ def test_strips_cover_the_vocabulary_and_leave_few_processors_idle(monkeypatch, 
     launched, v = [], 151_936
     monkeypatch.setattr(kernels, "launch", lambda *a, **_: launched.append(a))
     monkeypatch.setattr(kernels, "tile_for", lambda *_: kernels.TILES["sm_90"][0])  # 594 tiles of 256 columns
-    properties = types.SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-
-    class Weight(types.SimpleNamespace):
-        __len__ = lambda self: v  # noqa: E731
-
-    weight = Weight(is_cuda=True, device=None, new_zeros=lambda *size, dtype: size)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: mock.Mock(multi_processor_count=132))
+    weight = mock.MagicMock(is_cuda=True, new_zeros=lambda *size, dtype: size)
+    weight.__len__.return_value = v
     problem = kernels.Problem(None, None, weight, range(n), 1.0, None, f32)
     fields, strips, tokens = kernels.by_strips(None, problem, False, 4)
     (_, _, _, parts, _, length), blocks = launched[0], -(-n // 128)
@@ -382,7 +381,8 @@ def test_the_model_expects_60_percent_of_cublas_even_of_a_slow_l2():
     slow = bench_kernels.MACHINES["sm_90"]._replace(l2=5.5e12)
     sides = [bench_kernels.predict(name, "sm_90", machine=slow) for name in ("student", "teacher")]
     assert 2 / sum(1 / x["TFLOP/s"] for x in sides) > 424 and all(x["limited by"] == "L2" for x in sides)
-    assert bench_kernels.predict("student", "sm_90")["limited by"] == "tensor"
+    found = bench_kernels.predict("student", "sm_90")
+    assert found["limited by"] == "tensor" and 0.4 < found["shared memory"] / found["tensor"] < 0.6  # 80 of 128 clocks
 
 
 def test_reports_are_printed_and_recorded_with_their_command_and_unknown_ones_refused(tmp_path, capsys, monkeypatch):

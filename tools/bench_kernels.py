@@ -184,23 +184,24 @@ def report_memory(n=8192):
 
 
 class Machine(NamedTuple):
-    """What a GPU can do per second. lanes: fp32 operations, and of shared memory 4-byte words, of all processors."""
+    """What a GPU can do per second, and at a time. All can read 128 bytes of shared memory per processor and clock."""
 
     tensor: float  # bf16 FLOP
     l2: float  # bytes
     hbm: float  # bytes
-    lanes: float
+    clocks: float  # of all processors together
+    lanes: int  # fp32 operations per processor and clock
     height: int  # rows of hidden states that are multiplied with one read of W's tile from shared memory
 
 
 # sm_90: an H200, whose tensor and L2 rates were measured there (cuBLAS; tiles of 128 x 64 and 128 x 128). Of the others
 # (A100, L40S, B200, MI300X) nothing was: data sheets, and for L2 the share of its nominal rate that the H200 reached.
 MACHINES = {
-    "sm_80": Machine(312e12, 6.2e12, 2.0e12, 108 * 128 * 1.41e9, 32),
-    "sm_89": Machine(362e12, 14.7e12, 0.86e12, 142 * 128 * 2.52e9, 32),
-    "sm_90": Machine(751e12, 9.5e12, 4.8e12, 132 * 128 * 1.755e9, 64),
-    "sm_100": Machine(2250e12, 11.2e12, 8.0e12, 148 * 128 * 1.85e9, 128),
-    "gfx942": Machine(1307e12, 22e12, 5.3e12, 304 * 64 * 2.1e9, 32),
+    "sm_80": Machine(312e12, 6.2e12, 2.0e12, 108 * 1.41e9, 128, 32),
+    "sm_89": Machine(362e12, 14.7e12, 0.86e12, 142 * 2.52e9, 128, 32),
+    "sm_90": Machine(751e12, 9.5e12, 4.8e12, 132 * 1.755e9, 128, 64),
+    "sm_100": Machine(2250e12, 11.2e12, 8.0e12, 148 * 1.85e9, 128, 128),
+    "gfx942": Machine(1307e12, 22e12, 5.3e12, 304 * 2.1e9, 64, 32),
 }
 EPILOGUE = {  # kernel: instructions per logit after the products, counted in the code for sm_90; sides it reads
     "student": (10, 1), "teacher": (8, 1), "pair": (11, 2), "mixture": (23, 2), "gradient, none": (13, 1),
@@ -219,10 +220,10 @@ def predict(name, arch, n=8192, d=1536, v=151936, machine=None):
     hbm = 2 * d * (v * math.ceil(n / tile.rows / 16) + n * sides) + 2 * n * v * ("gradient" in name)
     shared = tiles * 2 * d * (rows + tile.cols * rows / machine.height)
     ms = {"tensor": flop / machine.tensor, "L2": l2 / machine.l2, "HBM": hbm / machine.hbm,
-          "shared memory": shared / (4 * machine.lanes)}
+          "shared memory": shared / (128 * machine.clocks)}
     ms = {name: 1e3 * seconds for name, seconds in ms.items()}
     limiter = max(ms, key=ms.get)
-    epilogue = 1e3 * n * v * sides * instructions / machine.lanes
+    epilogue = 1e3 * n * v * sides * instructions / (machine.lanes * machine.clocks)
     return {"FLOP/B": flop / l2, **ms, "epilogue": epilogue, "limited by": limiter,
             "TFLOP/s": flop / (ms[limiter] + epilogue) / 1e9}
 
