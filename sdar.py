@@ -183,7 +183,7 @@ class Config:
     threads: int = option(0, "CPU threads, 0 for torch's own choice", at_least=0, at_most=1024, resume=True)
     tasks: int = option(16, "tasks per step", group="rollout", at_least=1)
     group_size: int = option(8, "episodes per task, which are compared with each other", at_least=2, at_most=4096)
-    temperature: float = option(1.0, "sampling temperature in training; log-probs use it too", above=0)
+    temperature: float = option(1.0, "sampling temperature in training; log-probs use it too", at_least=1e-12)
     max_prompt_tokens: int = option(4096, "limit of a prompt; skills come on top of it", at_least=1, resume=True)
     max_response_tokens: int = option(512, "limit of a response", at_least=1, resume=True)
     rollout_batch: int = option(128, "responses generated side by side", at_least=1, resume=True)
