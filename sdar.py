@@ -58,7 +58,7 @@ from lib.settings import Parser, add_options, changeable, check_value, check_val
 from lib.skills import CONTROLS, STRATEGIES, contains, library, retrieve
 from lib.tasks import Task, count_tasks, evaluation_set_hash, reset_env, step_env, stratified, types_of
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 # E episodes · B rows (a row is one turn of an episode) · T response tokens of a row · N those of a micro-batch
 # S packed sequences · L their length · P prompt tokens · D hidden size (in shapes; elsewhere the gap) · V vocabulary
