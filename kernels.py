@@ -549,7 +549,7 @@ def torch_gradient(problem, scores, upstream, kept):
 # -------------------------------------------------------------------------------------------------- triton backend
 #
 # No atomics, and each element is written by one program, so that two runs are bit-equal. A tile of 128 x 256 leaves few
-# registers: hence few masks, a kernel of its own for the target's logit, and exp2, one instruction where exp has five.
+# registers: hence few masks, a kernel of its own for the target's logit, and exp2, one instruction where exp has more.
 
 if triton is not None:
     LN2 = tl.constexpr(math.log(2))

@@ -1078,14 +1078,15 @@ def train(cfg, folder=None, checkpoint=None):
     environments = [env] + [make_env(cfg) for _ in range(count - 1)]
     skills = load_skills(cfg, env.task_types)
     policy = load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg, skills)
-    turn_prompt(policy.chat, cfg, start_episode(cfg, Task("train", 0, 0), env), None)  # UserError if it can't fit
+    check_prompt_limit(policy, cfg, env)
     optimizer = make_optimizer(policy.model, cfg)
     more = {"skills": skills} | ({"ema": policy.ema} if policy.ema else {})  # with a state of its own in checkpoints
     if checkpoint:
         done = folders.restore(checkpoint, optimizer, policy.ref, cfg.eval_every, more)
         folders.write_settings(folder, cfg)  # some may have changed
     else:
-        folder, done = folders.create_run(cfg, __version__, f"{cfg.env}-{runs.label(cfg, '-')}-{cfg.seed}"), 0
+        name = f"{cfg.env}-{runs.method_name(vars(cfg), '-')}-{cfg.seed}"
+        folder, done = folders.create_run(cfg, __version__, name), 0
     head = policy.model.get_output_embeddings().weight
     print(runs.headline(cfg, folder, policy, kernels.choose_backend("auto", head, head)) +
           health.forecast(cfg, folder, policy), flush=True)
@@ -1143,6 +1144,11 @@ def evaluate(policy, cfg, environments, skills, run):
             f"{cfg.eval_temperature:g}{''.join(f', {rate:.3f} {name}' for name, rate in success.items())} "
             f"({len(tasks)} of {cfg.eval_split})")
     runs.plot_curve(run.folder, cfg)
+
+
+def check_prompt_limit(policy, cfg, env):
+    """Raises UserError if the first task's prompt cannot be made to fit, before anything is saved."""
+    turn_prompt(policy.chat, cfg, start_episode(cfg, Task("train", 0, 0), env), None)
 
 
 # --------------------------------------------------------------------------------------------------------- command line

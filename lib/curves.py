@@ -10,8 +10,7 @@ import numpy as np
 
 from lib.folders import read_lines, stored_settings
 from lib.program import UserError, mismatch, optional
-from lib.results import method_of
-from lib.runs import data_label
+from lib.runs import data_label, method_name
 from lib.statistics import t_interval
 
 KINDS = {"env": str, "method": str, "seed": int}  # what is used of a run's settings
@@ -47,7 +46,7 @@ def grouped(found, defaults):
     the settings in which its runs differ, where they are not the default. UserError for a seed that comes twice."""
     methods, groups = defaultdict(list), defaultdict(list)
     for run in found:
-        methods[method_of(run.settings)].append(run)
+        methods[method_name(run.settings)].append(run)
     for method, runs in methods.items():
         differing = [name for name in defaults if len({str(run.settings[name]) for run in runs}) > 1]
         for run in runs:

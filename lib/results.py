@@ -16,6 +16,7 @@ from lib.checkpoints import checkpoints
 from lib.episodes import episodes_beside
 from lib.folders import is_run
 from lib.program import UserError, check_regular, mismatch, to_json, write_atomically
+from lib.runs import method_name
 from lib.statistics import (
     cluster_bootstrap,
     cluster_difference,
@@ -196,15 +197,10 @@ class Group(NamedTuple):
     def title(self):
         """Method and training seeds; None for a model that is not of a run."""
         seeds = "s" * (len(self.seeds) > 1) + " " + ", ".join(map(str, sorted(self.seeds)))
-        return f"{method_of(self.results[0]['run'])}, training seed{seeds}," if self.seeds else None
+        return f"{method_name(self.results[0]['run'])}, training seed{seeds}," if self.seeds else None
 
     def played(self, condition):
         return [result["outcomes"][condition] for result in self.results]
-
-
-def method_of(run):
-    """What the settings of a run call its method; OPID is told apart by who analyses."""
-    return " by ".join([run["method"], *{run.get("analyser")} - {None, "none"}])
 
 
 def grouped(paths, found, key):

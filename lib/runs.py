@@ -241,16 +241,16 @@ def data_label(data):
     return f"data in {data}" if data else "generated tasks, not the official ones"
 
 
-def label(cfg, between=" by "):
-    """What a run's method is called wherever results are shown: OPID is told apart by who analyses."""
-    return cfg.method if cfg.analyser == "none" else f"{cfg.method}{between}{cfg.analyser}"
+def method_name(settings, between=" by "):
+    """What a run with these settings, {name: value}, calls its method; OPID is told apart by who analyses."""
+    return between.join([settings["method"], *{settings.get("analyser")} - {None, "none"}])
 
 
 def headline(cfg, folder, policy, backend):
     """What is printed at the start of a run."""
     size = sum(p.numel() for p in policy.model.parameters()) / 1e6
-    return (f"{label(cfg)} on {cfg.env} ({data_label(cfg.data)}), model {cfg.model} ({size:.2f}M parameters), "
-            f"{policy.device}, run folder {folder}\n{backend} kernels: log-probs within "
+    return (f"{method_name(vars(cfg))} on {cfg.env} ({data_label(cfg.data)}), model {cfg.model} ({size:.2f}M "
+            f"parameters), {policy.device}, run folder {folder}\n{backend} kernels: log-probs within "
             f"{policy.fused_error:.1e} of the model's own")
 
 
@@ -367,7 +367,7 @@ def draw_curve(run, cfg):
         if points:
             axes.plot(*zip(*points), label=title, **style)
     axes.set(xlabel="step", ylabel="success rate", ylim=(0, 1),
-             title=f"{label(cfg)} on {cfg.env} ({data_label(cfg.data)})".replace("$", r"\$"))  # no mathematics
+             title=f"{method_name(vars(cfg))} on {cfg.env} ({data_label(cfg.data)})".replace("$", r"\$"))  # no formula
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")

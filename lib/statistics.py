@@ -25,11 +25,6 @@ def wilson(successes, n):
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def bootstrap(values):
-    """Percentile interval of the mean of values [tasks], resampling tasks -> (low, high)."""
-    return cluster_bootstrap([values])[1:]
-
-
 def cluster_bootstrap(table):
     """Mean of table [seeds, tasks], and its percentile interval, resampling both -> (mean, low, high).
 
@@ -138,11 +133,6 @@ def paired_t(first, second):
 
 
 # ------------------------------------------------------------------------------------------------- tests of differences
-
-def paired_bootstrap(first, second):
-    """Mean of first - second, both [tasks] in one order, and its interval -> (difference, low, high)."""
-    return cluster_bootstrap([np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)])
-
 
 def mcnemar(first, second):
     """Exact p of McNemar's test on two lists of won or lost, in one order of tasks.

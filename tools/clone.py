@@ -223,7 +223,7 @@ def clone(argv):
     demonstrated_turns(source, random.Random(0))  # raises now if the tasks have no expert
     policy = sdar.load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg,
                               source.skills if cfg.weak else None)
-    sdar.turn_prompt(policy.chat, cfg, sdar.start_episode(cfg, sdar.Task("train", 0, 0), source.env), None)
+    sdar.check_prompt_limit(policy, cfg, source.env)
     folder = run(cfg, policy, expert_lessons(policy.chat, source), folder, checkpoint)
     print(f"saved in {folder}; train it: {advice(cfg, folder)}")
 
