@@ -239,8 +239,9 @@ def exclusive_lock(path):
 def build_folder(home, name, stamp, build):
     """Makes the folder home/name anew by build(folder); what fails leaves nothing behind."""
     for old in home.glob(f".{name}-*"):              # of processes that were killed
-        if time.time() - old.stat().st_mtime > ABANDONED:
-            shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # one that lives, and renames or deletes its own meanwhile
+            if time.time() - old.stat().st_mtime > ABANDONED:
+                shutil.rmtree(old, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home))
     try:
         build(aside)
@@ -258,10 +259,15 @@ def build_folder(home, name, stamp, build):
 
 
 def rename_into_place(aside, folder, stamp):
-    """Renames a finished folder to its place, unless, where there is no lock, another process was quicker."""
+    """Renames a finished folder to its place, unless, where there is no lock, another process was quicker.
+
+    A folder that stands there is moved away only if it is outdated: others may read it.
+    """
+    outdated = aside.with_name(aside.name + "-old")
+    with contextlib.suppress(OSError):               # where nothing stands, this alone
+        return os.rename(aside, folder)
     if is_whole(folder, stamp):
         return
-    outdated = aside.with_name(aside.name + "-old")
     with contextlib.suppress(FileNotFoundError):
         os.rename(folder, outdated)
     try:

@@ -837,16 +837,18 @@ def test_the_cache_goes_where_one_can_write_is_never_half_made_and_several_proce
     monkeypatch.setattr(catalogue, "LARGE", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     beside = write(tmp_path / "a", {}, make=True) / "sdar_cache"
-    store = Mock(side_effect=catalogue.store_catalogue)
+    store, gone = Mock(side_effect=catalogue.store_catalogue), ".webshop-synthetic-gone"
     monkeypatch.setattr(catalogue, "store_catalogue", store)
     for lock in (True, False):           # one makes it and the others wait, or each makes it and one is kept
         if not lock:
             monkeypatch.setitem(sys.modules, "fcntl", None)
             shutil.rmtree(beside)
+            beside.mkdir()
+            (beside / gone).symlink_to("deleted by another process since it was listed")
         with ThreadPoolExecutor(8) as pool:
             shops = list(pool.map(lambda _: catalogue.official_shop(tmp_path / "a", False), range(8)))
         assert [list(shop.products) for shop in shops] == [["B000000001"]] * 8
-        assert {path.name for path in beside.iterdir()} == {"webshop-synthetic", ".webshop-synthetic.lock"}
+        assert {path.name for path in beside.iterdir()} - {gone} == {"webshop-synthetic", ".webshop-synthetic.lock"}
         assert not (tmp_path / "home").exists() and (store.call_count == 1) == lock
     (write(tmp_path / "b", {}, make=True) / "sdar_cache").write_text("a file where the folder should be")
     assert tmp_path / "home" in catalogue.official_shop(tmp_path / "b", False).products.path.parents
