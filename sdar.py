@@ -34,7 +34,6 @@ Absent on purpose: a critic, a replay buffer, gradients through gate or teacher,
 
 import copy
 import dataclasses
-import functools
 import itertools
 import math
 import random
@@ -48,7 +47,7 @@ from typing import NamedTuple
 import lib  # noqa: F401  before torch: it sets how torch's idle threads wait
 import envs
 import kernels
-from lib import agreement, folders, health, hindsight, models, progress, runs
+from lib import agreement, folders, health, hindsight, models, parallel, progress, runs
 from lib.analyser import RULES
 from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
 from lib.episodes import episode_lines, note_top, stays, write_step
@@ -632,6 +631,10 @@ class Episode:
     done: bool = False  # False: out of turns
     errors: int = 0  # searches that the retriever failed to answer
 
+    def outcome(self):
+        """The episode without its turns, which is what other processes learn of it."""
+        return dataclasses.replace(self, turns=[])
+
 
 @dataclass
 class Running:
@@ -794,7 +797,7 @@ def make_rows(policy, cfg, episodes, skills):
     """
     advantages, metrics = turn_advantages(cfg, episodes)
     texts, more = skill_texts(policy, cfg, episodes, skills)
-    rows, prompts, missing = [], {}, 0  # equal turns have equal teacher prompts: each is made once
+    rows, prompts, missing = [], {}, []  # equal turns have equal teacher prompts: each is made once
     for turn, advantage, (source, text) in zip((t for e in episodes for t in e.turns), advantages.tolist(), texts):
         key = turn.prompt_ids, text
         if key not in prompts:
@@ -802,10 +805,10 @@ def make_rows(policy, cfg, episodes, skills):
             prompts[key] = ids, not text or contains(policy.chat.tokenizer.decode(ids or turn.prompt_ids), text)
         response = turn.response
         rows.append(Row(turn.prompt_ids, prompts[key][0], response.ids, advantage, response.logp, source, text))
-        missing += not prompts[key][1] or not text.strip() and source != "" and cfg.retrieval != "none"
+        missing.append(not prompts[key][1] or not text.strip() and source != "" and cfg.retrieval != "none")
     longest = max(len(row.teacher_ids) + len(row.response_ids) for row in rows)
     agreement.check_lengths(models.text_config(policy.model), cfg.model, longest, longest)
-    return rows, metrics | more | {"skills/missing": missing / len(rows)}
+    return rows, metrics | more | {"skills/missing": parallel.mean(missing)}
 
 
 def turn_advantages(cfg, episodes):
@@ -815,7 +818,7 @@ def turn_advantages(cfg, episodes):
     turns = [(i, turn) for i, e in enumerate(episodes) for turn in e.turns]
     owner = torch.tensor([i for i, _ in turns])  # [B] episode of each turn
     penalty = torch.tensor([0.0 if turn.valid else cfg.invalid_penalty for _, turn in turns], dtype=torch.float64)
-    metrics = {"grpo/zero_variance_groups": runs.mean(zero_variance_groups(cfg, episodes).values())}
+    metrics = {"grpo/zero_variance_groups": parallel.mean(zero_variance_groups(cfg, episodes).values())}
     if cfg.advantage_stats == "turn":  # the released code: statistics over turns, penalty inside
         return group_advantages(returns[owner] - penalty, groups[owner]), metrics
     advantages = group_advantages(returns, groups)[owner]  # eq. (1)
@@ -826,8 +829,9 @@ def turn_advantages(cfg, episodes):
         advantages = gigpo_advantages(rewards, owner, groups[owner], observations, gamma=cfg.gigpo_gamma,
                                       weight=cfg.gigpo_weight, divide_by_std=cfg.gigpo_std)
         step_groups = Counter(zip(groups[owner].tolist(), observations))
-        metrics |= {"gigpo/change": (advantages - before).abs().mean().item(),
-                    "gigpo/alone": sum(size == 1 for size in step_groups.values()) / len(turns)}
+        count = parallel.total(len(turns))
+        metrics |= {"gigpo/change": parallel.total((advantages - before).abs().sum().item()) / count,
+                    "gigpo/alone": parallel.total(sum(size == 1 for size in step_groups.values())) / count}
     return advantages - penalty, metrics
 
 
@@ -846,8 +850,9 @@ def skill_texts(policy, cfg, episodes, skills):
     if cfg.analyser != "none":
         analyses = hindsight.analyse(policy, cfg, episodes, [episode_return(cfg, e) for e in episodes], sample)
         texts = [routed(cfg, one, number) for e, one in zip(episodes, analyses) for number in range(len(e.turns))]
-        return texts, {"opid/analysed": runs.mean(one is not None for one in analyses),
-                       "opid/step_turns": runs.mean(source == "step" for source, _ in texts)}
+        return texts, {"opid/analysed": parallel.mean(one is not None for one in analyses),
+                       "opid/step_turns": parallel.mean(source == "step" for source, _ in texts)}
+    episodes = parallel.spread(episodes, Episode.outcome)  # ucb learns from all processes' in the same order
     tied, texts = zero_variance_groups(cfg, episodes), []
     for e in episodes:
         distilled = {"all": True, "failed": not e.won, "zero_variance": tied[e.task.group]}[cfg.distill]
@@ -1016,23 +1021,25 @@ def train_step(policy, optimizer, rows, cfg, step):
     """
     cfg = scheduled(cfg, step)
     frozen = frozen_logp(policy, rows, cfg)
+    batch = parallel.spread(rows)  # None for each row of another process
     if cfg.updates > 1:
-        rows = random.Random(f"{cfg.seed} {step}").sample(rows, len(rows))
-    size, lr = math.ceil(len(rows) / cfg.updates), learning_rate(cfg, step)
-    parts = [rows[i:i + size] for i in range(0, len(rows), size)]
+        batch = random.Random(f"{cfg.seed} {step}").sample(batch, len(batch))
+    size, lr = math.ceil(len(batch) / cfg.updates), learning_rate(cfg, step)
+    parts = [[row for row in batch[i:i + size] if row] for i in range(0, len(batch), size)]
     total, gaps = defaultdict(float), {}
     with runs.all_or_nothing(policy.model, optimizer, copy=len(parts) > 1), progress.bar("update", len(rows), "row"):
         for part in parts:
-            num_tokens = sum(len(row.response_ids) for row in part)
+            num_tokens = parallel.total(sum(len(row.response_ids) for row in part))
             optimizer.zero_grad(set_to_none=True)
-            for micro_batch in micro_batches(part, cfg.micro_tokens, policy.packs):
+            found = []
+            for micro_batch in parallel.in_step(micro_batches(part, cfg.micro_tokens, policy.packs), policy.model):
                 loss, metrics, some_gaps = step_loss(policy, cfg, micro_batch, num_tokens, frozen)
                 loss.backward()
                 gaps |= some_gaps
+                found.append({name: float(value) for name, value in metrics.items()})
                 progress.advance(sum(map(len, micro_batch)))
-                for name, value in metrics.items():
-                    value = float(value)
-                    total[name] = max(total[name], value) if name.endswith("_max") else total[name] + value / len(parts)
+            for name, value in itertools.chain(*(one.items() for one in parallel.gather(found))):
+                total[name] = max(total[name], value) if name.endswith("_max") else total[name] + value / len(parts)
             total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, lr, cfg, total) / len(parts)
     if policy.ema is not None:
         models.move_average(policy.ema, policy.model, cfg.ema)
@@ -1054,8 +1061,8 @@ def learning_rate(cfg, step):
 
 def optimizer_step(model, optimizer, lr, cfg, metrics):
     """-> the gradient's norm before clipping. Raises UserError, and changes nothing, if it is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
-    health.check_finite(norm, model, metrics)
+    norm = parallel.full(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)).item()
+    parallel.each(health.check_finite, norm, model, metrics)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -1074,19 +1081,21 @@ def train(cfg, folder=None, checkpoint=None):
     folder, checkpoint: the run to go on with; a new run's folder is made once everything else is loaded and checked.
     """
     env = make_env(cfg, probe=True)
-    count = max(len(step_tasks(cfg, env, 0)), len(evaluation_tasks(cfg, env)) if cfg.eval_every else 0)
+    count = max(len(parallel.share(step_tasks(cfg, env, 0), cfg.group_size)),
+                len(parallel.share(evaluation_tasks(cfg, env))) if cfg.eval_every else 0)
     environments = [env] + [make_env(cfg) for _ in range(count - 1)]
     skills = load_skills(cfg, env.task_types)
     policy = load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg, skills)
     check_prompt_limit(policy, cfg, env)
+    parallel.shard(policy, models.decoder(policy.model), cfg.tasks)
     optimizer = make_optimizer(policy.model, cfg)
     more = {"skills": skills} | ({"ema": policy.ema} if policy.ema else {})  # with a state of its own in checkpoints
     if checkpoint:
         done = folders.restore(checkpoint, optimizer, policy.ref, cfg.eval_every, more)
-        folders.write_settings(folder, cfg)  # some may have changed
+        parallel.first(folders.write_settings, folder, cfg)  # some may have changed
     else:
         name = f"{cfg.env}-{runs.method_name(vars(cfg), '-')}-{cfg.seed}"
-        folder, done = folders.create_run(cfg, __version__, name), 0
+        folder, done = parallel.first(folders.create_run, cfg, __version__, name), 0
     head = policy.model.get_output_embeddings().weight
     print(runs.headline(cfg, folder, policy, kernels.choose_backend("auto", head, head)) +
           health.forecast(cfg, folder, policy), flush=True)
@@ -1106,8 +1115,9 @@ def learn(policy, optimizer, environments, skills, cfg, run):
             evaluate(policy, cfg, environments, skills, run)
         start, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
         torch.manual_seed(seed)  # for models that draw numbers of their own
-        episodes = rollout(policy, environments, step_tasks(cfg, environments[0], step), cfg, seed=seed,
-                           skills=skills if cfg.student_skills else None)
+        tasks = parallel.share(step_tasks(cfg, environments[0], step), cfg.group_size)
+        episodes = parallel.each(rollout, policy, environments, tasks, cfg, seed=seed,
+                                 skills=skills if cfg.student_skills else None)
         rolled = time.perf_counter()
         with runs.uninterrupted():
             rows, metrics = make_rows(policy, cfg, episodes, skills)
@@ -1115,8 +1125,8 @@ def learn(policy, optimizer, environments, skills, cfg, run):
                 note_likeliest(policy, rows, cfg)
             trained, gaps = train_step(policy, optimizer, rows, cfg, step)
             metrics |= trained | runs.episode_metrics(episodes, [episode_return(cfg, e) for e in episodes])
-            write_step(run.folder, step + 1, cfg.episodes_every, episode_lines(
-                policy.chat, envs.READABLE[cfg.env], episodes, rows=rows, gaps=gaps))
+            parallel.first(write_step, run.folder, step + 1, cfg.episodes_every, parallel.gather(episode_lines(
+                policy.chat, envs.READABLE[cfg.env], episodes, rows=rows, gaps=gaps)))
             now = time.perf_counter()
             metrics |= {"time/rollout": rolled - start, "time/update": now - rolled, "time/step": now - start,
                         "mem/peak_gb": runs.peak_memory_gb(policy.device)}
@@ -1128,7 +1138,11 @@ def learn(policy, optimizer, environments, skills, cfg, run):
 def evaluate(policy, cfg, environments, skills, run):
     """Plays the evaluation set sampled, greedily, and with skills if the student trains with them; logs, draws."""
     tasks = evaluation_tasks(cfg, environments[0])
-    play_all = functools.partial(rollout, policy, environments, tasks, cfg, seed=cfg.seed)
+
+    def play_all(**how):
+        own = parallel.each(rollout, policy, environments, parallel.share(tasks), cfg, seed=cfg.seed, **how)
+        return parallel.spread(own, Episode.outcome)
+
     sampled, others = play_all(temperature=cfg.eval_temperature, doing="evaluation"), {}
     if cfg.eval_greedy:
         others["greedy"] = play_all(temperature=0, doing="greedy evaluation")
@@ -1166,7 +1180,7 @@ def command(argv):
     if resume is None:
         base = None if config is None else set_by_hand(folders.settings_in(config, Config), make_config, RECIPE)
         return train(make_config(explicit, base))
-    cfg, folder, checkpoint = folders.reopen(resume, explicit, Config, changeable(Config))
+    cfg, folder, checkpoint = parallel.first(folders.reopen, resume, explicit, Config, changeable(Config))
     validate(cfg, explicit)
     if folders.is_finished(cfg, folder, checkpoint):
         return print(folders.finished_text(cfg, folder, checkpoint))
@@ -1175,7 +1189,7 @@ def command(argv):
 
 def main(argv=None):
     """The command line. Returns the exit status; bad input is one sentence on standard error and status 2."""
-    return exit_status(command, argv)
+    return exit_status(parallel.launched(command), argv)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from lib import parallel
 from lib.program import UserError, check_regular, crc32, describe, to_json
 
 SEAL = "run.json"  # written last: a folder without it is not a checkpoint
@@ -115,18 +116,28 @@ def save_checkpoint(run, model, tokenizer, optimizer, step, *, keep=2, settings=
     Only the newest `keep` stay, and checkpoint-0, from which a resumed run reads its reference model. Files that the
     run has not written, such as an evaluation, stay too. settings: the run's, as in its config.json. more: {name:
     object with a state_dict} that goes with the optimiser. Raises NotSaved.
+
+    Under torchrun all processes call it, and rank 0 writes what one process would write.
     """
+    states = {name: one.state_dict() for name, one in (more or {}).items()}
+    weights = parallel.whole(model.state_dict(keep_vars=True))
+    state = {"optimizer": parallel.whole(optimizer.state_dict()), "step": step, "more": states}
+    return parallel.first(write_checkpoint, run, model, weights, tokenizer, state, keep, settings)
+
+
+def write_checkpoint(run, model, weights, tokenizer, state, keep, settings):
+    """save_checkpoint, once all that is to be written is here."""
+    step = state["step"]
     final, hidden = run / f"checkpoint-{step}", run / f".checkpoint-{step}.tmp"
     shutil.rmtree(hidden, ignore_errors=True)
     try:
-        for name, tensor in model.state_dict().items():
+        for name, tensor in weights.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise NotSaved(f"The weights hold NaN or infinity ({name}) after step {step}, so they are not saved.")
-        model.save_pretrained(hidden)
+        model.save_pretrained(hidden, state_dict=weights)
         tokenizer.save_pretrained(hidden)
         with open(hidden / "state.pt", "wb") as file:
-            states = {name: one.state_dict() for name, one in (more or {}).items()}
-            torch.save({"optimizer": optimizer.state_dict(), "step": step, "more": states}, file)
+            torch.save(state, file)
         seal(hidden, step, settings)
         put_in_place(hidden, final)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
@@ -206,9 +217,8 @@ def load_state(checkpoint, optimizer, ref=None, more=None):
                             "copy checkpoint-0 back, or start a new run.")
         loaded = type(ref).from_pretrained(first, dtype=torch.float32, trust_remote_code=False)
         ref.load_state_dict(loaded.state_dict())
-    device = optimizer.param_groups[0]["params"][0].device
-    state = torch.load(checkpoint / "state.pt", map_location=device, weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    state = torch.load(checkpoint / "state.pt", map_location="cpu", mmap=parallel.WORLD.size > 1, weights_only=True)
+    optimizer.load_state_dict(parallel.cut(state["optimizer"], optimizer))
     for name, one in (more or {}).items():
         if name in state.get("more", {}):  # checkpoints of 0.3 have none
             one.load_state_dict(state["more"][name])

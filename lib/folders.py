@@ -16,6 +16,7 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
+from lib import parallel
 from lib.checkpoints import (
     SEAL,
     checkpoints,
@@ -314,8 +315,8 @@ def restore(checkpoint, optimizer, ref=None, eval_every=0, more=None):
     eval_every: of the run that goes on, which plays an evaluation that is due now again.
     """
     done = load_state(checkpoint, optimizer, ref, more)
-    set_aside(checkpoint.parent, done)
-    trim_metrics(checkpoint.parent, done, eval_every and done % eval_every == 0)
+    parallel.first(set_aside, checkpoint.parent, done)
+    parallel.first(trim_metrics, checkpoint.parent, done, eval_every and done % eval_every == 0)
     return done
 
 

@@ -18,6 +18,7 @@ from copy import deepcopy
 import torch
 from tqdm import tqdm
 
+from lib import parallel
 from lib.advice import PATIENCE, advice
 from lib.checkpoints import NotSaved, checkpoints, save_checkpoint, step_of
 from lib.folders import TRACKERS, read_lines, storable, stored_settings, unwritable
@@ -44,7 +45,7 @@ def handling(handler):
 def uninterrupted(doing="finishing this update, then saving ..."):
     """What would stop the run waits until the block is done, so that weights, optimiser, log and files always belong to
     a whole step."""
-    pressed = []
+    pressed = [True] * parallel.take_stop()
 
     def note(*_):
         pressed.append(True)
@@ -52,8 +53,7 @@ def uninterrupted(doing="finishing this update, then saving ..."):
 
     with handling(note):
         yield
-    if pressed:
-        raise KeyboardInterrupt
+    parallel.agree(KeyboardInterrupt() if pressed else None)
 
 
 @contextlib.contextmanager
@@ -92,12 +92,13 @@ class Run:
         self.flags, self.more = flags, more
         self.resume_command = f"{command} --resume {shlex.quote(str(folder))}"
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
-        self.saved = step if folder / f"checkpoint-{step}" in checkpoints(folder) else None  # a resumed run's
+        found = parallel.first(checkpoints, folder)
+        self.saved = step if folder / f"checkpoint-{step}" in found else None  # a resumed run's
         self.settings = stored_settings(folder)  # each checkpoint carries them
         self.recent, self.said = [], set()  # metrics of the last steps, and which advice was given
         self.torn = False  # whether an optimiser step has begun whose end is not logged
         self.bar = tqdm(total=cfg.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)  # on terminals
-        self.send = start_tracker(cfg, folder)
+        self.send = start_tracker(cfg, folder) if parallel.is_first() else no_tracker
 
     def save(self, spared=0):
         """-> the checkpoint of the last whole step, written unless it is there. Raises NotSaved.
@@ -110,7 +111,7 @@ class Run:
         return self.folder / f"checkpoint-{self.step}"
 
     def __enter__(self):
-        self.signals = handling(signal.default_int_handler)  # each raises KeyboardInterrupt
+        self.signals = handling(parallel.interrupt)
         self.signals.__enter__()
         self.hook = self.optimizer.register_step_pre_hook(lambda *_: setattr(self, "torn", True))
         if self.step == 0:
@@ -133,7 +134,7 @@ class Run:
         self.bar.close()
 
     def end(self, error):
-        whole = not self.torn or getattr(error, "undone", False)
+        whole = (not self.torn or getattr(error, "undone", False)) and parallel.agreed(error)
         if error is None or isinstance(error, KeyboardInterrupt) and whole:
             try:
                 return self.save_whole(stopped=error is not None)
@@ -203,7 +204,7 @@ class Run:
 
     def log(self, step, metrics, line):
         """A line in metrics.jsonl, the same to wandb or tensorboard, and `line` above the progress bar."""
-        self.write(step, metrics)
+        parallel.first(self.write, step, metrics)
         self.announce(step, metrics, line)
 
     def write(self, step, metrics):
@@ -218,12 +219,11 @@ class Run:
             warn_of_tracker(error)
         self.bar.write(line)
         sys.stdout.flush()  # a log file shows the line at once, too
-        if reader_gone():
-            raise KeyboardInterrupt
+        parallel.agree(KeyboardInterrupt() if reader_gone() else None)
 
     def finish_step(self, metrics, line):
         """Counts and logs a step that is done, and saves it where that is due."""
-        self.write(self.step + 1, metrics)
+        parallel.first(self.write, self.step + 1, metrics)
         self.step, self.torn = self.step + 1, False
         self.announce(self.step, metrics, line)
         self.bar.update()
@@ -268,17 +268,17 @@ def mean(values):
 
 
 def episode_metrics(episodes, returns):
-    """What a step's episodes, and their returns, say of it (docs/metrics.md)."""
+    """What a step's episodes, those of all processes, and their returns say of it (docs/metrics.md)."""
     turns = [turn for e in episodes for turn in e.turns]
-    return {"reward/mean": mean(returns),
-            "reward/success": mean(e.won for e in episodes),
-            "reward/score": mean(e.score for e in episodes),
-            "rollout/turns": mean(len(e.turns) for e in episodes),
-            "rollout/unfinished": mean(not e.done for e in episodes),
-            "rollout/invalid": mean(not t.valid for t in turns),
-            "rollout/errors": sum(e.errors for e in episodes),
-            "rollout/cut_off": mean(t.response.stop == "length" for t in turns),
-            "rollout/response_tokens": mean(len(t.response.ids) for t in turns)}
+    return {"reward/mean": parallel.mean(returns),
+            "reward/success": parallel.mean(e.won for e in episodes),
+            "reward/score": parallel.mean(e.score for e in episodes),
+            "rollout/turns": parallel.mean(len(e.turns) for e in episodes),
+            "rollout/unfinished": parallel.mean(not e.done for e in episodes),
+            "rollout/invalid": parallel.mean(not t.valid for t in turns),
+            "rollout/errors": parallel.total(sum(e.errors for e in episodes)),
+            "rollout/cut_off": parallel.mean(t.response.stop == "length" for t in turns),
+            "rollout/response_tokens": parallel.mean(len(t.response.ids) for t in turns)}
 
 
 def step_line(cfg, step, m):
@@ -344,6 +344,8 @@ def peak_memory_gb(device):
 
 def plot_curve(run, cfg):
     """Draws <run>/curve.png; where that fails, a warning says why, and training goes on."""
+    if not parallel.is_first():
+        return
     try:
         draw_curve(run, cfg)
     except Exception as error:  # no matplotlib, a broken font cache, a full disk
