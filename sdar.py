@@ -902,7 +902,7 @@ def frozen_logp(policy, rows, cfg):
     """The log-probs that a step needs from before its first update -> Frozen."""
     early_teacher = {"rollout": policy.fast, "ref": policy.ref, "ema": policy.ema}.get(cfg.teacher)
     return Frozen(
-        old_logp=response_logp(policy, policy.model, rows, cfg) if cfg.updates > 1 else None,
+        old_logp=response_logp(policy, policy.fast, rows, cfg) if cfg.updates > 1 else None,
         ref_logp=response_logp(policy, policy.ref, rows, cfg) if cfg.kl_coef else None,
         teacher_logp=None if early_teacher is None else response_logp(policy, early_teacher, rows, cfg, teacher=True))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from lib import parallel
 from lib.checkpoints import checkpoints, fault
 from lib.folders import ROOT, is_run
 from lib.program import Diverged, UserError, describe
@@ -273,6 +274,8 @@ def autocast(policy):
 
 def decoder(model):
     """The part of a causal LM that gives hidden states; some (Llama 4) declare another name for it than it has."""
+    if hasattr(model, "sharded_decoder"):  # lib/parallel.py
+        return model.sharded_decoder
     base = model.base_model
     return model.model if base is model and hasattr(model, "model") else base
 
@@ -355,13 +358,14 @@ def matrices(model):
 @torch.no_grad()
 def refresh(fast, model):
     """Copies the model's weights into what fast_copy made of it, rounded; what both share needs nothing."""
-    for mine, new in zip(matrices(fast), matrices(model)):
-        if mine is not new:
-            mine.copy_(new)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name, mine in fast.named_parameters():
+        if mine is not weights[name]:
+            mine.copy_(parallel.full(weights[name]))
 
 
 @torch.no_grad()
 def move_average(average, model, keep):
     """Moves the average's weights towards the model's, of which it keeps the share `keep` of its own."""
     for old, new in zip(average.parameters(), model.parameters()):
-        old.lerp_(new, 1 - keep)
+        old.lerp_(parallel.full(new), 1 - keep)

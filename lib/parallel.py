@@ -195,32 +195,3 @@ def in_step(micro_batches, model):
 def full(tensor):
     """A tensor, gathered if it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def whole(state, gathered=None):
-    """A state_dict, nested, whose sharded tensors are gathered one by one into rank 0's host memory, None elsewhere.
-
-    Of two names of one tensor, tied weights (state_dict(keep_vars=True)), both are the same again.
-    """
-    gathered = {} if gathered is None else gathered
-    if isinstance(state, dict):
-        return {key: whole(value, gathered) for key, value in state.items()}
-    if not hasattr(state, "full_tensor"):
-        return state
-    if id(state) not in gathered:
-        tensor = full(state.detach())
-        gathered[id(state)] = tensor.cpu() if WORLD.rank == 0 else None
-    return gathered[id(state)]
-
-
-def cut(state, optimizer):
-    """An optimiser's state_dict that `whole` has made -> with this process's parts of the tensors."""
-    if WORLD.size == 1:
-        return state
-    from torch.distributed.tensor import distribute_tensor
-    for number, param in enumerate(itertools.chain(*(group["params"] for group in optimizer.param_groups))):
-        own = state["state"].get(number, {})
-        for name, one in own.items():
-            if one.shape == param.shape:  # a moment, not the count of steps
-                own[name] = distribute_tensor(one, param.device_mesh, param.placements, src_data_rank=None)
-    return state
