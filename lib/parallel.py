@@ -85,6 +85,11 @@ def agreed(error):
     return WORLD.size == 1 or getattr(error, "agreed", False)
 
 
+def lost(error):
+    """Whether an exception says that another process has ended, or does not answer: gloo has no type of its own."""
+    return WORLD.size > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+
+
 def each(call, *args, **kwargs):
     """call(...) by every process at its own pace, without meetings in it; what one raises is raised in all."""
     result = failure = None

@@ -98,7 +98,7 @@ class Run:
         self.recent, self.said = [], set()  # metrics of the last steps, and which advice was given
         self.torn = False  # whether an optimiser step has begun whose end is not logged
         self.bar = tqdm(total=cfg.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)  # on terminals
-        self.send = start_tracker(cfg, folder) if parallel.is_first() else no_tracker
+        self.send = no_tracker if parallel.WORLD.rank else start_tracker(cfg, folder)
 
     def save(self, spared=0):
         """-> the checkpoint of the last whole step, written unless it is there. Raises NotSaved.
@@ -152,6 +152,8 @@ class Run:
         """What the user can do about an error, a sentence; None for a defect of the program."""
         if isinstance(error, UserError):
             return str(error)
+        if parallel.lost(error):
+            return f"Another process of this run has ended, or does not answer ({describe(error):.100})."
         if out_of_memory(error):
             bounds = " or ".join(f"--{name} (now {getattr(self.cfg, name)}, bounds {what})" for name, what in
                                  BOUND_MEMORY.items() if self.flags is None or name in self.flags)
@@ -344,7 +346,7 @@ def peak_memory_gb(device):
 
 def plot_curve(run, cfg):
     """Draws <run>/curve.png; where that fails, a warning says why, and training goes on."""
-    if not parallel.is_first():
+    if parallel.WORLD.rank:
         return
     try:
         draw_curve(run, cfg)
