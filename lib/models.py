@@ -357,10 +357,11 @@ def matrices(model):
 
 @torch.no_grad()
 def refresh(fast, model):
-    """Copies the model's weights into what fast_copy made of it, rounded; what both share needs nothing."""
+    """Copies the weights that are trained into what fast_copy made of the model, or a whole copy of one that is
+    sharded; what both share needs nothing."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     for name, mine in fast.named_parameters():
-        if mine is not weights[name]:
+        if mine is not weights[name] and weights[name].requires_grad:
             mine.copy_(parallel.full(weights[name]))
 
 

@@ -20,8 +20,6 @@ import torch
 from lib.program import UserError, describe
 
 PATIENCE = timedelta(hours=1)  # with a process that does not come to a meeting: rollouts differ in length
-
-
 WORLD = SimpleNamespace(
     rank=0, size=1,  # this process's number, and that of all processes
     store=None,  # torchrun's, where any process reads and writes at any time
@@ -33,7 +31,7 @@ def launched(program):
     """program(argv), as one of the run's processes if torchrun started it: output is rank 0's, and of several processes
     that fail the first says why."""
     def run(argv):
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if "LOCAL_RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1":
             return program(argv)
         join()
         try:
@@ -73,8 +71,8 @@ def everywhere(value):
 
 def agree(error=None):
     """Raises in all processes the exception that one brings, so that they can still save together."""
-    portable = error is None or isinstance(error, UserError | KeyboardInterrupt | OSError)
-    for rank, one in enumerate(everywhere(error if portable else RuntimeError(describe(error)))):
+    pickles = error is None or isinstance(error, UserError | KeyboardInterrupt | OSError)  # others may not
+    for rank, one in enumerate(everywhere(error if pickles else RuntimeError(describe(error)))):
         if one is not None:
             one = error if rank == WORLD.rank else one
             one.agreed, one.elsewhere = True, rank != WORLD.rank
@@ -127,7 +125,7 @@ def take_stop():
 # --------------------------------------------------------------------------------------------------- shares of the work
 
 def share(tasks, whole=1):
-    """This process's piece of a list, in which each `whole` neighbours (a group) stay together."""
+    """This process's piece of a list, in which every `whole` neighbours (a group) stay together."""
     start, end = (len(tasks) // whole * rank // WORLD.size * whole for rank in (WORLD.rank, WORLD.rank + 1))
     return tasks[start:end]
 
@@ -189,9 +187,9 @@ def shard(policy, decoder, groups):
 def in_step(micro_batches, model):
     """Yields this process's micro-batches, then takes part, with nothing, in those that others still have."""
     own = list(micro_batches)
-    most = max(everywhere(len(own)))
+    idle = max(everywhere(len(own))) - len(own)
     yield from own
-    for _ in range(most - len(own)):
+    for _ in range(idle):
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         hidden = model.sharded_decoder(input_ids=token, use_cache=False).last_hidden_state
         (0 * (hidden.sum() + model.get_output_embeddings().weight.sum())).backward()

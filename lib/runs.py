@@ -153,7 +153,7 @@ class Run:
         if isinstance(error, UserError):
             return str(error)
         if parallel.lost(error):
-            return f"Another process of this run has ended, or does not answer ({describe(error):.100})."
+            return "Another process of this run has ended, or does not answer."
         if out_of_memory(error):
             bounds = " or ".join(f"--{name} (now {getattr(self.cfg, name)}, bounds {what})" for name, what in
                                  BOUND_MEMORY.items() if self.flags is None or name in self.flags)

@@ -190,9 +190,10 @@ def test_a_signal_to_any_process_saves_the_whole_steps_of_all_once(number, to, m
 def test_torchrun_starts_a_run_and_hands_ctrl_c_on(model_folder, tmp_path):
     run, end = tmp_path / "run", time.monotonic() + 200
     arguments = flags(model_folder, run, steps=100, save_every=1, eval_every=0, eval_tasks=None)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", sdar.__file__, *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        [*torchrun, sdar.__file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not (run / "checkpoint-1").exists():
         assert launcher.poll() is None and time.monotonic() < end, "checkpoint-1 did not appear"
         time.sleep(0.05)
