@@ -203,7 +203,7 @@ def test_checkpoints_of_any_layout_are_resumed(kind, shards, model_folder, tmp_p
     made.save_pretrained(base)
     save = PreTrainedModel.save_pretrained
     monkeypatch.setattr(PreTrainedModel, "save_pretrained",
-                        lambda *args: save(*args, **{"max_shard_size": shards} if shards else {}))
+                        lambda *args, **how: save(*args, **how, **{"max_shard_size": shards} if shards else {}))
     for name, steps in (("straight", 2), ("parts", 1)):
         assert sdar.main(flags(base, tmp_path / name, steps=steps, eval_every=0, eval_tasks=None, kl_coef=0.1)) == 0
     shutil.rmtree(base)
