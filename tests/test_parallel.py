@@ -74,7 +74,9 @@ def assert_close(run, other, step):
     assert {path.name for path in run.iterdir()} == {path.name for path in other.iterdir()}
     a, b = (weights_of(one / f"checkpoint-{step}") for one in (run, other))
     assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max() for name in a) < 1e-6
-    a, b = (torch.load(one / f"checkpoint-{step}" / "state.pt")["optimizer"] for one in (run, other))
+    a, b = (torch.load(one / f"checkpoint-{step}" / "state.pt") for one in (run, other))
+    assert a["more"]["skills"] == b["more"]["skills"]
+    a, b = a["optimizer"], b["optimizer"]
     assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys()
     for number, moments in a["state"].items():
         for name, one in moments.items():
