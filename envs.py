@@ -255,7 +255,7 @@ WEBSHOP_RULES = """You are shopping in an online store: find a product that is a
 - search[words] lists the products that fit the words best, at most 50, ten per page. It can be done on every page.
 - click[label] presses what stands in [brackets] on the page: the id of a product opens it, a value beside the name of \
 an option chooses it, description and features tell more, next > turns the page, and < prev goes back.
-- Of each option one value is chosen. The page does not show which, and every new list of products forgets it.
+- Of each option one value can be chosen. The page does not show which one is, and a new list of products forgets it.
 - click[buy now] buys the open product as chosen and ends the task. Success takes the right kind of product with \
 every feature and option that is asked for, at a price within the limit.
 - Any other action changes nothing and costs a step."""
