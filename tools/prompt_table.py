@@ -11,13 +11,12 @@ whose action was not possible; cut is an answer that --max_response_tokens ended
 
 import dataclasses
 import shlex
-import statistics
 import sys
 from pathlib import Path
 
 import envs
 import sdar
-from lib import folders, models
+from lib import folders, models, runs
 from lib.program import exit_status, to_json, write_atomically
 from lib.settings import Parser, add_options, number
 
@@ -44,12 +43,12 @@ def play_row(policy, cfg, skilled):
                             temperature=cfg.eval_temperature, seed=cfg.seed, doing=f"{cfg.env}, {cfg.prompt}")
     turns = [turn for episode in episodes for turn in episode.turns]
     prompts = [len(turn.prompt_ids) for turn in turns]
-    return {"tasks": len(tasks), "success": statistics.mean(episode.won for episode in episodes), "turns": len(turns),
-            "invalid": statistics.mean(not turn.valid for turn in turns),
-            "no format": statistics.mean(turn.action == "" for turn in turns),
-            "cut": statistics.mean(turn.response.stop == "length" for turn in turns),
-            "tokens per response": statistics.mean(len(turn.response.ids) for turn in turns),
-            "prompt tokens, mean": statistics.mean(prompts), "longest": max(prompts)}
+    return {"tasks": len(tasks), "success": runs.mean(episode.won for episode in episodes), "turns": len(turns),
+            "invalid": runs.mean(not turn.valid for turn in turns),
+            "no format": runs.mean(turn.action == "" for turn in turns),
+            "cut": runs.mean(turn.response.stop == "length" for turn in turns),
+            "tokens per response": runs.mean(len(turn.response.ids) for turn in turns),
+            "prompt tokens, mean": runs.mean(prompts), "longest": max(prompts)}
 
 
 def read_chat(folder):
@@ -70,7 +69,7 @@ def count_tokens(chat, cfg, skilled, tasks):
             running.past.append((running.observation, env.expert()))
             running.observation, _, terminated, truncated, running.info = env.step(running.past[-1][1])
             running.over = terminated or truncated
-    return {"tasks": tasks, "turns": len(lengths), "prompt tokens, mean": statistics.mean(lengths),
+    return {"tasks": tasks, "turns": len(lengths), "prompt tokens, mean": runs.mean(lengths),
             "longest": max(lengths)}
 
 
@@ -113,6 +112,7 @@ def table(argv):
                        help=f"0 is greedy (default {sdar.Config.eval_temperature})")
     group.add_argument("--out", metavar="FILE", help="JSON (default results/prompts-<name>.json)")
     add_options(parser, sdar.Config, FLAGS, sdar.TABLES)
+    argv = sys.argv[1:] if argv is None else argv
     options = vars(parser.parse_args(argv))
     print(f"\nsaved in {make_table(options, shlex.join(['python', '-m', 'tools.prompt_table', *argv]))}")
 
