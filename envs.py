@@ -158,7 +158,8 @@ def full_prompt(context, skills, official, *, rules, show, now, actions, how, ex
         f"Task: {context.task}", "\n".join(steps), f"This is step {turn}{limit}.",
         now and f"Observation {turn}:\n{now}", actions and "\n".join(["Possible actions:", *actions]),
         "First reason step by step inside <think> </think>: what the task still needs, what you know by now, and what "
-        f"to do next. Then {how}. Write nothing else.", "" if official else f"An example of the form:\n{example}"]))
+        f"to do next. Then {how}. Write nothing else.",
+        "" if official else f"Your answer must have the form of this example from another task:\n{example}"]))
 
 
 def read_answer(text, kinds, tags):
@@ -256,8 +257,7 @@ WEBSHOP_RULES = """You are shopping in an online store: find a product that is a
 - click[label] presses what stands in [brackets] on the page: the id of a product opens it, a value beside the name of \
 an option chooses it, description and features tell more, next > turns the page, and < prev goes back.
 - Of each option one value can be chosen. The page does not show which one is, and a new list of products forgets it.
-- click[buy now] buys the open product as chosen and ends the task. Success takes the right kind of product with \
-every feature and option that is asked for, at a price within the limit.
+- click[buy now] buys the open product as chosen and ends the task. Kind, features, options and price must all fit.
 - Any other action changes nothing and costs a step."""
 MOST_LISTED = 40  # actions; for the others, the brackets on the page have to do
 

@@ -268,7 +268,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 # A default comes from the last of three places that has one: Config, ENV_DEFAULTS, and TINY_DEFAULTS for the bundled
 # model. Then a preset, a method and what the user says override it, in this order.
 
-ENV_DEFAULTS = {  # where the paper's values for an environment differ from those for WebShop
+ENV_DEFAULTS = {  # where the paper's values for an environment differ from those for WebShop, and a real model's prompt
     "webshop": {"prompt": "full"},
     "alfworld": {"max_turns": envs.MAX_TURNS["alfworld"], "prompt": "full", "max_prompt_tokens": 2048,
                  "eval_split": "valid_unseen"},

@@ -68,7 +68,7 @@ def test_a_full_prompt_tells_rules_task_progress_last_steps_observation_actions_
 @each
 def test_the_example_in_a_full_prompt_is_an_answer_that_the_parser_takes(name):
     text = sdar.render(full(name), played(name, full(name))[0])
-    example = text.partition("An example of the form:\n")[2]
+    example = text.partition("the form of this example from another task:\n")[2]
     action, valid = envs.parse_action(name, example)
     assert valid and action and envs.parse_action(name, example, official=True) == (action, True)
 
