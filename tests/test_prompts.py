@@ -9,6 +9,7 @@ import pytest
 
 import envs
 import sdar
+from conftest import refused
 from lib import folders
 from tools import prompt_table
 
@@ -152,6 +153,34 @@ def test_full_skills_are_principles_mistakes_and_points_by_task_type(name):
         context = played(name, full(name))[0]
         text = library.retrieve(context.task_type, context.task, "0")
         assert text.startswith(principles) and ("\n## " + text.rpartition("\n## ")[2] in text)
+
+
+@pytest.mark.parametrize("name, task, turn", [("webshop", 3, 3), ("alfworld", 3, 3), ("search", 4, 2)])
+def test_the_page_on_real_models_shows_prompts_as_they_are_and_the_counts_that_were_made(name, task, turn):
+    page = (folders.ROOT / "docs" / "real_models.md").read_text()
+    assert f"\n```text\n{sdar.render(full(name), played(name, full(name), task)[turn - 1])}\n```\n" in page
+    rows = json.loads((folders.ROOT / "results" / "prompts-qwen2.5.json").read_text())["rows"]
+    short, long = ([f"{row['prompt tokens, mean']:.0f}, {row['longest']}" for row in rows
+                    if (row["environment"], row["prompt"]) == (name, style)] for style in ("short", "full"))
+    assert f"| short | {' | '.join(short)} |" in page and f"| full | {' | '.join(long)} |" in page
+
+
+def test_the_table_of_prompts_has_a_row_per_style_and_condition_and_is_kept_as_json(model_folder, tmp_path, capsys):
+    out, common = tmp_path / "table.json", ["--env", "search", "--tasks", "2", "--max_turns", "2", "--out"]
+    limits = ["--max_prompt_tokens", "3000", "--max_response_tokens", "4"]
+    for options, turns in ((["--model", str(model_folder), *limits], 4),
+                           (["--count", str(model_folder)], None)):
+        assert prompt_table.main([*common, str(out), *options]) == 0
+        shown, rows = capsys.readouterr().out, json.loads(out.read_text())["rows"]
+        assert [(row["prompt"], row["skills"]) for row in rows] == [
+            ("short", "without"), ("short", "with"), ("full", "without"), ("full", "with")]
+        assert all(f"| search | {row['prompt']} | {row['skills']} | 2 | " in shown for row in rows)
+        means = [row["prompt tokens, mean"] for row in rows]
+        assert means == sorted(means) and all(mean <= row["longest"] for mean, row in zip(means, rows))
+        if turns:  # a random model
+            assert {(row["turns"], row["invalid"], row["no format"], row["success"]) for row in rows} == {(4, 1, 1, 0)}
+            assert all(0 <= row["cut"] <= 1 <= row["tokens per response"] <= 4 for row in rows)
+    refused(prompt_table.main, [*common, str(out), "--model", "nowhere/at/all"], "nowhere/at/all", capsys)
 
 
 TOKENIZERS = os.environ.get("SDAR_TOKENIZERS")

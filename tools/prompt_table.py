@@ -21,8 +21,8 @@ from lib.program import exit_status, to_json, write_atomically
 from lib.settings import Parser, add_options, number
 
 CONDITIONS = [(style, skilled) for style in ("short", "full") for skilled in (False, True)]
-FLAGS = ("env", "model", "data", "max_turns", "max_prompt_tokens", "max_response_tokens", "rollout_batch", "device",
-         "dtype", "threads", "seed")
+FLAGS = ("env", "model", "data", "env_timeout", "max_turns", "max_prompt_tokens", "max_response_tokens",
+         "rollout_batch", "device", "dtype", "threads", "seed")
 PLAYED = ("environment", "prompt", "skills", "tasks", "success", "turns", "invalid", "no format", "cut",
           "tokens per response", "prompt tokens, mean", "longest")
 COUNTED = ("environment", "prompt", "skills", "tasks", "turns", "prompt tokens, mean", "longest")
