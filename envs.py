@@ -152,7 +152,7 @@ def full_prompt(context, skills, official, *, rules, show, now, actions, how, ex
     for number, (seen, action) in enumerate(past, turn - len(past)):
         steps += [f"Observation {number}:\n{show(seen)}"] * bool(show(seen))
         steps += [f"Action {number}: {action or '(none, since the answer did not keep the format)'}"]
-    limit = "" if official else f" of at most {context.max_turns}; {context.max_turns - turn} are left after it"
+    limit = "" if official else f" of at most {context.max_turns}; steps left after it: {context.max_turns - turn}"
     return "\n\n".join(filter(None, [
         rules.partition("\n")[0] if official else rules, skills and f"Advice for such tasks:\n{skills.strip()}",
         f"Task: {context.task}", "\n".join(steps), f"This is step {turn}{limit}.",

@@ -54,7 +54,7 @@ def test_a_full_prompt_tells_rules_task_progress_last_steps_observation_actions_
         parts = text.split("\n\n")
         rules = {"webshop": envs.WEBSHOP_RULES, "alfworld": envs.ALFWORLD_RULES, "search": envs.SEARCH_RULES}[name]
         assert parts[:2] == [rules, f"Task: {context.task}"] and text.count(context.task) == 1
-        assert f"This is step {number} of at most {cfg.max_turns}; {cfg.max_turns - number} are left" in text
+        assert f"step {number} of at most {cfg.max_turns}; steps left after it: {cfg.max_turns - number}.\n" in text
         shown = min(cfg.history, number - 1)
         assert (f"Steps taken so far: {number - 1} (the last {shown} shown)" in text) == (number > 1)
         assert re.findall(r"^Action (\d+): (.*)$", text, re.M) == [
