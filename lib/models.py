@@ -1,5 +1,6 @@
 """Loading a model with transformers: paths, devices, weights, chat template, and what both sampler and trainer need."""
 
+import copy
 import functools
 import inspect
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from lib import lora
 from lib.checkpoints import checkpoints, fault
 from lib.folders import ROOT, is_run
 from lib.program import Diverged, UserError, describe
@@ -44,8 +46,9 @@ def is_bundled(model):
 
 # -------------------------------------------------------------------------------------------------------------- loading
 
-def read_model(path):
-    """tiny, a folder, or a name that transformers loads -> (model in fp32, tokenizer).
+def read_model(path, merge=True):
+    """tiny, a folder, or a name that transformers loads -> (model in fp32, tokenizer). An adapter's folder gives its
+    base model with the adapter merged into the weights; merge=False keeps it apart.
 
     Raises UserError if there is none, or if it cannot be trained as it is stored: quantised weights, missing or NaN
     ones, a tokenizer with ids beyond the embedding.
@@ -57,14 +60,14 @@ def read_model(path):
     parent = Path(path).parent
     looks_local = parent.is_dir() if parent != Path(".") else Path(path).exists()
     looks_local |= path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not (Path(path) / "config.json").is_file():
+    if looks_local and not (Path(path) / "config.json").is_file() and not lora.is_adapter(path):
         raise UserError(f"There is no model in {path!r} (no config.json): give tiny, a folder written by "
                         "save_pretrained, or a name such as Qwen/Qwen2.5-1.5B-Instruct.")
     wrong = fault(Path(path), ".safetensors") if (Path(path) / "run.json").is_file() else None
     if wrong:
         raise UserError(f"Could not load the model {path!r}: {wrong}. Take another checkpoint.")
     try:
-        model, tokenizer, loading = from_pretrained(path)
+        model, tokenizer, loading = from_pretrained(path) if not lora.is_adapter(path) else adapted(path, merge)
         size, ids = model.get_input_embeddings().num_embeddings, tokenizer.get_vocab().values()
         reset_settings(model)
     except UserError:
@@ -87,6 +90,16 @@ UNSUPPORTED = {  # model type: a fault of transformers that a short trial does n
     "moshi": "transformers loses the window of Moshi's attention where rows are padded and cached"}
 
 
+def adapted(folder, merge):
+    """`from_pretrained` of an adapter's folder; the tokenizer is that beside the adapter, if there is one."""
+    base = lora.base_of(folder)
+    model, tokenizer, loading = from_pretrained(str(TINY) if base == "tiny" else base)
+    if (Path(folder) / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return lora.load(model, folder, merge), tokenizer, loading
+
+
 def from_pretrained(path):
     """-> (model, tokenizer, what transformers noticed about the weights). Runs no code of the model's own folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -102,8 +115,8 @@ def from_pretrained(path):
     if config.model_type in UNSUPPORTED:
         raise UserError(f"{path} cannot be trained: {UNSUPPORTED[config.model_type]}.")
     if (Path(path) / "adapter_config.json").is_file():
-        raise UserError(f"{path} holds an adapter, which would be left out: merge it into its model (peft's "
-                        "merge_and_unload), save that, and give that folder.")
+        raise UserError(f"{path} holds a model and an adapter: merge the one into the other (peft's merge_and_unload), "
+                        "save that, and give that folder.")
     tokenizer = AutoTokenizer.from_pretrained(path, **data_only)
     model, loading = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,  # check_weights names them
@@ -245,6 +258,11 @@ def end_of_turn_ids(model, chat):
 
 
 # ------------------------------------------------------------------------------------------------- forward and backward
+
+def reference(model):
+    """The initial weights, frozen: a copy, or with an adapter the model itself, the adapter off."""
+    return lora.Base(model, decoder(model)) if lora.has_adapter(model) else copy.deepcopy(model).requires_grad_(False)
+
 
 def recompute_activations(model):
     """Every layer keeps its input alone and runs again in the backward pass.
