@@ -497,7 +497,7 @@ def make_policy(model, tokenizer, cfg, skills=None):
     policy = Policy(model.to(device).eval(), chat, models.end_of_turn_ids(model, chat), device, autocast)
     policy.fused_error, policy.packs = check_model(policy, cfg, skills)
     if autocast and cfg.lora_rank:
-        lora.to_bf16(policy.model)
+        lora.round_frozen(policy.model)
     if cfg.kl_coef or cfg.teacher == "ref":
         policy.ref = models.reference(policy.model)
     if cfg.teacher == "ema":

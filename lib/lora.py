@@ -153,8 +153,23 @@ def adapter_off(model):
             layer.enable_adapters(True)
 
 
-def to_bf16(model):
-    """Rounds the frozen matrices beside the adapter, which autocast would round at every use: the same numbers, half
-    the memory."""
-    for layer in adapted_layers(model):
-        layer.get_base_layer().to(torch.bfloat16)
+def round_frozen(model):
+    """Rounds the frozen matrices, the head's too, to bf16, as autocast would at every use: the same numbers in half the
+    memory. An embedding that the head shares stays fp32."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
+            module.weight = torch.nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
+
+
+@torch.no_grad()
+def merged_weights(model):
+    """(name, tensor) of each weight of the base model, under its own name and with the adapter merged in, one by one:
+    what an engine with a copy of its own loads."""
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            base = module.get_base_layer().weight
+            yield f"{name}.weight", base.float() + module.get_delta_weight("default")
+    for name, weight in model.named_parameters():
+        layer, _, kind = name.rpartition(".base_layer.")
+        if not weight.requires_grad and kind != "weight":
+            yield f"{layer}.{kind}" if layer else name, weight.detach()

@@ -115,8 +115,8 @@ def from_pretrained(path):
     if config.model_type in UNSUPPORTED:
         raise UserError(f"{path} cannot be trained: {UNSUPPORTED[config.model_type]}.")
     if (Path(path) / "adapter_config.json").is_file():
-        raise UserError(f"{path} holds a model and an adapter: merge the one into the other (peft's merge_and_unload), "
-                        "save that, and give that folder.")
+        raise UserError(f"{path} holds an adapter, which would be left out: merge it into its model (peft's "
+                        "merge_and_unload), save that, and give that folder.")
     tokenizer = AutoTokenizer.from_pretrained(path, **data_only)
     model, loading = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,  # check_weights names them
