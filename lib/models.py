@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 import json
 import re
 import warnings
@@ -259,11 +258,6 @@ def end_of_turn_ids(model, chat):
 
 # ------------------------------------------------------------------------------------------------- forward and backward
 
-def reference(model):
-    """The initial weights, frozen: a copy, or with an adapter the model itself, the adapter off."""
-    return lora.Base(model, decoder(model)) if lora.has_adapter(model) else copy.deepcopy(model).requires_grad_(False)
-
-
 def recompute_activations(model):
     """Every layer keeps its input alone and runs again in the backward pass.
 
@@ -348,11 +342,41 @@ def draw_tokens(logprobs, temperature, noises):
 
 
 def empty_cache(model):
-    """-> (a cache of keys and values that the model fills in place, the keyword arguments that hand it over)."""
+    """A cache of keys and values, or of what else a layer keeps, that a forward pass fills."""
     from transformers import DynamicCache
-    cache = DynamicCache(config=model.config)
-    renamed = "cache" in inspect.signature(model.forward).parameters  # since transformers 5.24
-    return cache, {"cache" if renamed else "past_key_values": cache, "use_cache": True}
+    return DynamicCache(config=model.config)
+
+
+def fast_copy(model, alone=True):
+    """The same function under autocast to bf16, bit for bit, for what needs no gradient: its matrices are bf16, so that
+    no call casts them. All else (embeddings, norms) is fp32, a copy, or unless `alone` the model's own tensors."""
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    rounded = {id(matrix): matrix for matrix in matrices(model) if id(matrix) not in embedded}
+    copies = {} if alone else {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copies |= {key: torch.nn.Parameter(matrix.detach().bfloat16(), False) for key, matrix in rounded.items()}
+    fast, head = copy.deepcopy(model, copies), model.get_output_embeddings()
+    if id(head.weight) in embedded:  # tied: the embedding stays fp32
+        fast.get_output_embeddings().weight = torch.nn.Parameter(head.weight.detach().bfloat16(), False)
+    return fast.requires_grad_(False) if alone else fast
+
+
+def reference(model, autocast):
+    """The initial weights, frozen: a copy, or beside an adapter the model itself with the adapter off."""
+    if lora.has_adapter(model):
+        return lora.Base(model, decoder(model))
+    return fast_copy(model) if autocast else copy.deepcopy(model).requires_grad_(False)
+
+
+def matrices(model):
+    return [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+
+
+@torch.no_grad()
+def refresh(fast, model):
+    """Copies the model's weights into what fast_copy made of it, rounded; what both share needs nothing."""
+    for mine, new in zip(matrices(fast), matrices(model)):
+        if mine is not new:
+            mine.copy_(new)
 
 
 @torch.no_grad()
