@@ -122,8 +122,8 @@ def load(model, folder, merge):
 # ----------------------------------------------------------------------------------------------------- base and adapter
 
 class Base:
-    """The reference model of a run with an adapter, to sdar.head_inputs: the same weights with the adapter off, no
-    copy. decoder: the part of the model that gives hidden states."""
+    """The reference model of a run with an adapter, as sdar.head_inputs calls a model: the same weights with the
+    adapter off, no copy. decoder: the part of the model that gives hidden states."""
 
     def __init__(self, model, decoder):
         self.model, self.decoder, self.config = model, decoder, model.config
@@ -134,6 +134,9 @@ class Base:
 
     def get_output_embeddings(self):
         return self.model.get_output_embeddings()
+
+    def parameters(self):
+        return iter(())  # none of its own
 
 
 def adapted_layers(model):
