@@ -184,7 +184,7 @@ class Config:
     lora_rank: int = option(0, "train an adapter of this rank beside frozen weights (LoRA; take 10 times the --lr), 0: "
                             "train the weights", at_least=0, at_most=1024)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", resume=True)
-    dtype: str = option("auto", "auto is bf16 compute on CUDA, fp32 elsewhere; weights are always fp32",
+    dtype: str = option("auto", "auto is bf16 compute on CUDA, fp32 elsewhere; what is trained is fp32",
                         choices=("auto", "float32", "bfloat16"), resume=True)
     threads: int = option(0, "CPU threads, 0 for torch's own choice", at_least=0, at_most=1024, resume=True)
     tasks: int = option(16, "tasks per step", group="rollout", at_least=1)

@@ -141,6 +141,14 @@ def test_a_checkpoint_is_evaluated_trained_further_and_merged(straight, tmp_path
     refused(sdar.main, flags(checkpoint, tmp_path / "x", **RANK), "merge it into its model first", capsys)
 
 
+def test_the_bundled_model_keeps_its_defaults_when_an_adapter_is_merged_into_it(tmp_path):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert sdar.main(["--lora_rank", "1", "--steps", "0", "--eval_every", "0", "--out", str(run)]) == 0
+    assert merge.main([str(run / "checkpoint-0"), str(whole)]) == 0
+    assert models.is_bundled(run / "checkpoint-0") and models.is_bundled(whole)
+    assert same(weights_of(whole), weights_of(models.TINY))
+
+
 def test_an_adapter_finds_its_base_on_another_machine_and_refuses_another_base(straight, model_folder, tmp_path):
     moved, elsewhere = tmp_path / "moved", str(tmp_path / "gone")
     shutil.copytree(straight / "checkpoint-4", moved)
