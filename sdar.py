@@ -206,6 +206,8 @@ class Config:
     check_admissible: bool = option(True, "an action that the observation does not offer makes the turn invalid; off, "
                                    "broken answers are also read as the released code reads them")
     updates: int = option(1, "optimiser steps per batch", at_least=1)
+    is_cap: float = option(0.0, "C: a token's advantage times min(exp(old_logp - the sampler's log-prob), C), where an "
+                           "engine rounds otherwise than the trainer; 0: off", at_least=0)
     sdar_coef: float = option(0.01, "lambda of eq. (5)", at_least=0)
     gate_beta: float = option(5.0, "beta of eq. (4)", at_least=0)
     sdar_decay: int = option(0, "steps over which lambda falls linearly to 0; 0: it stays", at_least=0)
@@ -376,7 +378,7 @@ def idle_settings(cfg):
         (cfg.analyser != "none", ("distill",), "every turn with a hindsight skill is distilled"),
         (not (cfg.opid_episode_weight or cfg.opid_step_weight), ("analyser",), "both of OPID's weights are 0"),
         (not cfg.pg_coef, ("clip", "dual_clip", "invalid_penalty", "advantage_stats", "gigpo_weight", "gigpo_gamma",
-                           "gigpo_std", "rlsd_mix", "rlsd_clip", "rlsd_decay"), "--pg_coef is 0"),
+                           "gigpo_std", "is_cap", "rlsd_mix", "rlsd_clip", "rlsd_decay"), "--pg_coef is 0"),
         (cfg.teacher != "ema", ("ema",), "--teacher is not ema"),
         (not cfg.gigpo_weight, ("gigpo_gamma", "gigpo_std"), "--gigpo_weight is 0"),
         (not cfg.rlsd_mix, ("rlsd_clip", "rlsd_decay"), "--rlsd_mix is 0"),
@@ -934,9 +936,13 @@ def step_loss(policy, cfg, micro_batch, num_tokens, frozen):
     logp, mask = tokens.logp, torch.ones_like(tokens.logp)
     old_logp = logp.detach() if frozen.old_logp is None else join_tokens(rows, frozen.old_logp, logp.device)
     advantages, metrics = token_advantages(cfg, rows, old_logp, tokens.teacher_logp, num_tokens)
+    sampled = join_tokens(rows, {row: row.logp for row in rows}, logp.device)
+    if cfg.is_cap:
+        weight = truncated_weights(old_logp, sampled, cfg.is_cap)
+        advantages, metrics["rollout/is_weight"] = advantages * weight, weight.sum() / num_tokens
     pg, more = policy_loss(logp, old_logp, advantages, mask, num_tokens=num_tokens, clip=cfg.clip,
                            dual_clip=cfg.dual_clip)
-    off = (old_logp - join_tokens(rows, {row: row.logp for row in rows}, logp.device)).abs()
+    off = (old_logp - sampled).abs()
     metrics |= more | {"rollout/logp_diff_mean": off.sum() / num_tokens, "rollout/logp_diff_max": off.max()}
     terms = {"grpo/loss": (cfg.pg_coef, pg), "grpo/entropy": (-cfg.entropy_coef, tokens.entropy.sum() / num_tokens)}
     if cfg.kl_coef:
@@ -951,6 +957,12 @@ def step_loss(policy, cfg, micro_batch, num_tokens, frozen):
         gaps = dict(zip(rows, zip(split_tokens(rows, tokens.gap), split_tokens(rows, tokens.gate))))
     loss = sum((coef * value for coef, value in terms.values() if coef), start=0.0 * pg)  # eq. (5)
     return loss, metrics | {name: value.detach() for name, (_, value) in terms.items()}, gaps
+
+
+def truncated_weights(old_logp, sampled_logp, cap):
+    """min(exp(old_logp - sampled_logp), cap), all [N]: the importance of tokens that were sampled with other arithmetic
+    than the trainer's, truncated (Yao et al. 2025). L_pg is proportional to the advantage, which they multiply."""
+    return torch.exp((old_logp - sampled_logp).clamp(max=20)).clamp(max=cap)
 
 
 def token_advantages(cfg, rows, old_logp, teacher_logp, num_tokens):

@@ -17,7 +17,7 @@ import torch
 import envs
 import kernels
 import sdar
-from conftest import config, own_logp, same
+from conftest import config, own_logp, same, script
 from lib import folders, models
 from lib.packing import width
 
@@ -504,33 +504,6 @@ def test_skills_are_the_general_ones_and_those_of_the_type(skills):
 
 def noises(prompts):
     return [random.Random(number) for number, _ in enumerate(prompts)]
-
-
-class Scripted:
-    """An engine that answers act(env) for the environment of every prompt that waits."""
-
-    def __init__(self, chat, act, calls):
-        self.chat, self.act, self.calls, self.waiting = chat, act, calls, []
-
-    def submit(self, key, prompt, noise):
-        self.waiting.append(key)
-
-    def __len__(self):
-        return len(self.waiting)
-
-    def step(self):
-        keys, self.waiting = self.waiting, []
-        self.calls.append(len(keys))
-        end = (self.chat.tokenizer.eos_token_id,)
-        ids = [self.chat.encode(f"<think>so</think><action>{self.act(key[0].env)}</action>") + end for key in keys]
-        return [(key, sdar.Response(i, (-0.5,) * len(i), "end")) for key, i in zip(keys, ids)]
-
-
-def script(monkeypatch, act):
-    """From now on act(env) is what every response says -> the sizes of the batches to come."""
-    calls = []
-    monkeypatch.setattr(sdar.Policy, "engine", lambda policy, cfg, temperature: Scripted(policy.chat, act, calls))
-    return calls
 
 
 def test_the_experts_words_win_and_finished_episodes_stop_generating(policy, monkeypatch):
