@@ -108,6 +108,7 @@ def load(model, folder, merge):
                         "another of its name: put that one in its place.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names of its older versions
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # said below in one sentence
         adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     own = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if stored != own:
