@@ -15,8 +15,8 @@ MAY_IMPORT = {"lib": {"lib"}, "kernels": set(), "envs": {"lib"}, "sdar": {"lib",
               "eval": {"lib", "kernels", "envs", "sdar"}, "tools": {"lib", "kernels", "envs", "sdar", "eval", "tools"},
               "recipes": {"sdar"}}
 FILES = sorted(path for name in MAY_IMPORT for path in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py")])
-AT_MOST = {"sdar.py": 1200, "kernels.py": 830, "envs.py": 1330, "eval.py": 350, "test_sdar.py": 700, "README.md": 190,
-           "lib/baselines.py": 350}
+AT_MOST = {"sdar.py": 1250, "kernels.py": 830, "envs.py": 1330, "eval.py": 350, "test_sdar.py": 700, "README.md": 190,
+           "lib/baselines.py": 350, "lib/parallel.py": 200, "lib/vllm_engine.py": 200}
 
 
 def imported(path):
