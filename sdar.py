@@ -48,7 +48,7 @@ from typing import NamedTuple
 import lib  # noqa: F401  before torch: it sets how torch's idle threads wait
 import envs
 import kernels
-from lib import agreement, folders, health, hindsight, models, parallel, progress, runs
+from lib import agreement, folders, health, hindsight, lora, models, parallel, progress, runs
 from lib.analyser import RULES
 from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
 from lib.engine import Response, TorchEngine, respond
@@ -178,10 +178,14 @@ class Config:
     env_timeout: float = option(60.0, "seconds that an environment may take, 0: any time", at_least=0, resume=True)
     history: int = option(2, "earlier turns shown in a prompt", at_least=0)
     history_observations: bool = option(True, "show the observations of earlier turns, not only the actions")
+    prompt: str = option("short", "a few lines, cut to the bundled model, or rules, progress, possible actions and an "
+                         "example too; the skills beside it are of the same style", choices=("short", "full"))
     reward: str = option("won", "return of an episode: 10 if won, or 10 x the graded score", choices=("won", "score"))
     model: str = option("tiny", "tiny (the bundled model), a folder, or a name that transformers loads", group="model")
+    lora_rank: int = option(0, "train an adapter of this rank beside frozen weights (LoRA; take 10 times the --lr), 0: "
+                            "train the weights", at_least=0, at_most=1024)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", resume=True)
-    dtype: str = option("auto", "auto is bf16 compute on CUDA, fp32 elsewhere; weights are always fp32",
+    dtype: str = option("auto", "auto is bf16 compute on CUDA, fp32 elsewhere; what is trained is fp32",
                         choices=("auto", "float32", "bfloat16"), resume=True)
     threads: int = option(0, "CPU threads, 0 for torch's own choice", at_least=0, at_most=1024, resume=True)
     tasks: int = option(16, "tasks per step", group="rollout", at_least=1)
@@ -265,17 +269,18 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 # A default comes from the last of three places that has one: Config, ENV_DEFAULTS, and TINY_DEFAULTS for the bundled
 # model. Then a preset, a method and what the user says override it, in this order.
 
-ENV_DEFAULTS = {  # where the paper's values for an environment differ from those for WebShop
-    "webshop": {},
-    "alfworld": {"max_turns": envs.MAX_TURNS["alfworld"], "max_prompt_tokens": 2048, "eval_split": "valid_unseen"},
-    "search": {"max_turns": envs.MAX_TURNS["search"], "history": 4, "tasks": 128, "kl_coef": 0.001,
+ENV_DEFAULTS = {  # where the paper's values for an environment differ from those for WebShop, and a real model's prompt
+    "webshop": {"prompt": "full"},
+    "alfworld": {"max_turns": envs.MAX_TURNS["alfworld"], "prompt": "full", "max_prompt_tokens": 2048,
+                 "eval_split": "valid_unseen"},
+    "search": {"max_turns": envs.MAX_TURNS["search"], "history": 4, "prompt": "full", "tasks": 128, "kl_coef": 0.001,
                "invalid_penalty": 0.01, "warmup": 15}}
 
 # What a model of a million parameters needs instead of the paper's values, which are for billions. WebShop's expert is
 # done in 5 turns. With 15, sampling at T=1 escapes every loop before the limit, so that nothing penalises loops and
 # greedy play gets stuck in them.
-SMALL = {"max_turns": 8, "history_observations": False, "tasks": 8, "steps": 30, "lr": 4e-4, "lr_schedule": "linear",
-         "warmup": 3, "kl_coef": 0.0, "max_prompt_tokens": 512, "max_response_tokens": 32}
+SMALL = {"max_turns": 8, "history_observations": False, "prompt": "short", "tasks": 8, "steps": 30, "lr": 4e-4,
+         "lr_schedule": "linear", "warmup": 3, "kl_coef": 0.0, "max_prompt_tokens": 512, "max_response_tokens": 32}
 TINY_DEFAULTS = {
     "webshop": SMALL,
     "alfworld": SMALL | {"max_turns": 24, "tasks": 4, "steps": 20},
@@ -335,6 +340,9 @@ def validate(cfg, explicit=()):
     if cfg.surrogate in kernels.DIVERGENCES and cfg.teacher not in ("live", "none"):
         raise UserError(f"--surrogate {cfg.surrogate} needs the teacher's whole distribution, which only --teacher "
                         f"live computes: leave --teacher {cfg.teacher} out.")
+    if cfg.lora_rank and cfg.teacher == "ema":
+        raise UserError("--teacher ema averages weights, and an average of an adapter's two factors is not that of "
+                        "their product: choose another teacher, or leave --lora_rank out.")
     if cfg.gigpo_weight and cfg.advantage_stats == "turn":
         raise UserError("--gigpo_weight adds to advantages over episodes: leave --advantage_stats turn out.")
     if cfg.student_skills and cfg.retrieval == "ucb":
@@ -401,13 +409,16 @@ class Context(NamedTuple):
     history: tuple  # of (observation, action), oldest first
     observation: str
     admissible: tuple
+    turn: int = 1  # its number
+    max_turns: int = 1  # of the episode
 
 
 def turn_context(cfg, info, observation, past=()):
     """The context of an observation; past: all earlier (observation, action) pairs, of which the last are shown."""
     shown = past[-cfg.history:] if cfg.history else ()
     history = tuple((seen if cfg.history_observations else "", action) for seen, action in shown)
-    return Context(info["task"], info["task_type"], history, observation, tuple(info["admissible"] or ()))
+    return Context(info["task"], info["task_type"], history, observation, tuple(info["admissible"] or ()),
+                   len(past) + 1, cfg.max_turns)
 
 
 FOREIGN = {"webshop": "search"}  # environments whose skills inform nothing here; elsewhere WebShop's
@@ -417,6 +428,7 @@ def load_skills(cfg, task_types):
     """-> {task type: text}, which cfg.retrieval chooses from. Raises UserError if a file is missing."""
     control = cfg.skills if cfg.skills in CONTROLS else None
     own = folders.ROOT / "data" / "skills" / (FOREIGN.get(cfg.env, "webshop") if control == "foreign" else cfg.env)
+    own = own / "full" if cfg.prompt == "full" else own
     return library(cfg.skills if cfg.skills and not control else own, task_types, cfg.retrieval, control)
 
 
@@ -427,6 +439,9 @@ def skill_text(skills, episode):
 
 
 def render(cfg, context, skills=""):
+    """The text of a turn's user message."""
+    if cfg.prompt == "full":
+        return envs.FULL_PROMPTS[cfg.env](context, skills, official=cfg.preset == "official")
     return envs.PROMPTS[cfg.env](context.task, context.history, context.observation, context.admissible, skills)
 
 
@@ -492,7 +507,7 @@ class Policy:
 def load_policy(cfg, skills=None):
     """The model and tokenizer that cfg names -> Policy. Raises UserError if there are none, or they can't be used."""
     models.choose_device(cfg.device)  # raises before the weights are read
-    return make_policy(*models.read_model(cfg.model), cfg, skills)
+    return make_policy(*models.read_model(cfg.model, merge=not cfg.lora_rank), cfg, skills)
 
 
 def make_policy(model, tokenizer, cfg, skills=None):
@@ -505,14 +520,17 @@ def make_policy(model, tokenizer, cfg, skills=None):
         torch.set_num_threads(cfg.threads)
     autocast = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
     chat = models.Chat(tokenizer)
+    lora.add(model, cfg.lora_rank, cfg.seed)
     if cfg.recompute:
         models.recompute_activations(model)
     policy = Policy(model.to(device).eval(), chat, models.end_of_turn_ids(model, chat), device, autocast)
     policy.fused_error, policy.packs = check_model(policy, cfg, skills)
-    if autocast:
+    if autocast and cfg.lora_rank:
+        lora.round_frozen(policy.model)
+    elif autocast:
         policy.rounded = models.fast_copy(policy.model, alone=False)
     if cfg.kl_coef or cfg.teacher == "ref":
-        policy.ref = models.fast_copy(policy.model) if autocast else copy.deepcopy(policy.model).requires_grad_(False)
+        policy.ref = models.reference(policy.model, autocast)
     if cfg.teacher == "ema":
         policy.ema = copy.deepcopy(policy.model).requires_grad_(False)
     return policy
@@ -1049,7 +1067,7 @@ def optimizer_step(model, optimizer, lr, cfg, metrics):
 
 
 def make_optimizer(model, cfg):
-    return torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    return torch.optim.AdamW((w for w in model.parameters() if w.requires_grad), cfg.lr, weight_decay=cfg.weight_decay)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -1059,6 +1077,8 @@ def train(cfg, folder=None, checkpoint=None):
 
     folder, checkpoint: the run to go on with; a new run's folder is made once everything else is loaded and checked.
     """
+    if not checkpoint:
+        lora.check_new(cfg.model, cfg.lora_rank)
     env = make_env(cfg, probe=True)
     count = max(len(parallel.share(step_tasks(cfg, env, 0), cfg.group_size)),
                 len(parallel.share(evaluation_tasks(cfg, env))) if cfg.eval_every else 0)

@@ -79,10 +79,6 @@ def agree(error=None):
             raise one
 
 
-def agreed(error):
-    return WORLD.size == 1 or getattr(error, "agreed", False)
-
-
 def lost(error):
     """Whether an exception says that another process has ended, or does not answer: gloo has no type of its own."""
     return WORLD.size > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
@@ -158,7 +154,7 @@ def shard(policy, decoder, groups):
 
     decoder: what gives its hidden states. model.sharded_decoder, the same, gathers the weights of a layer at a time and
     keeps those of embedding and head until the backward pass, whose gradients are sums over the processes. groups: of a
-    step. Raises UserError for too few, and for one GPU's --device.
+    step. Raises UserError for too few, for an adapter, and for one GPU's --device.
     """
     if WORLD.size == 1:
         return
@@ -168,6 +164,8 @@ def shard(policy, decoder, groups):
     model, device = policy.model, policy.device
     if groups < WORLD.size:
         raise UserError(f"--tasks {groups} leaves processes without a group: raise it, or lower --nproc_per_node.")
+    if not all(weight.requires_grad for weight in model.parameters()):
+        raise UserError("--lora_rank trains in one process: leave it out, or start the program without torchrun.")
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         raise UserError(f"--device {device} is one GPU, and torchrun gives each process its own: leave it out.")
     if policy.fast is model:

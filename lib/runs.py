@@ -134,7 +134,8 @@ class Run:
         self.bar.close()
 
     def end(self, error):
-        whole = (not self.torn or getattr(error, "undone", False)) and parallel.agreed(error)
+        whole = not self.torn or getattr(error, "undone", False)
+        whole &= getattr(error, "agreed", parallel.WORLD.size == 1)  # or other processes do not save
         if error is None or isinstance(error, KeyboardInterrupt) and whole:
             try:
                 return self.save_whole(stopped=error is not None)
