@@ -40,7 +40,7 @@ def test_what_vllm_cannot_run_on_is_one_sentence(monkeypatch, version, device, s
 
 @pytest.mark.parametrize("free, billions, trained, wanted, plan", [
     (67, 1.5, 1.5, 18, (18, True)),  # 67 - 3 - 18 leave 46, of which 23 may be taken
-    (67, 1.5, 1.5, 30, (23, True)), (55, 3, 3, 12, (6.5, True)),
+    (67, 1.5, 1.5, 60, (23, True)), (55, 3, 3, 12, (6.5, True)),
     (55, 3, 3, 30, (13, False)),  # 6.5 are less than a quarter of 30
     (60, 7, 0.1, 20, (20, True))])  # an adapter
 def test_the_engine_sleeps_where_half_of_what_training_leaves_is_too_little(free, billions, trained, wanted, plan):
