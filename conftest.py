@@ -64,6 +64,33 @@ def rows(policy, played, skills):
     return [dataclasses.replace(row) for row in sdar.make_rows(policy, config(), played, skills)[0]]
 
 
+class Scripted:
+    """An engine that says act(env) for the environment of every prompt that waits."""
+
+    def __init__(self, chat, act, calls):
+        self.chat, self.act, self.calls, self.waiting = chat, act, calls, []
+
+    def submit(self, key, prompt, noise):
+        self.waiting.append(key)
+
+    def __len__(self):
+        return len(self.waiting)
+
+    def step(self):
+        keys, self.waiting = self.waiting, []
+        self.calls.append(len(keys))
+        end = (self.chat.tokenizer.eos_token_id,)
+        ids = [self.chat.encode(f"<think>so</think>{self.act(key[0].env)}") + end for key in keys]
+        return [(key, sdar.Response(i, (-0.5,) * len(i), "end")) for key, i in zip(keys, ids)]
+
+
+def script(monkeypatch, act, plain=False):
+    """From now on every response is the action act(env), or if plain that text -> the sizes of the batches to come."""
+    calls, say = [], act if plain else lambda env: f"<action>{act(env)}</action>"
+    monkeypatch.setattr(sdar.Policy, "engine", lambda policy, cfg, temperature: Scripted(policy.chat, say, calls))
+    return calls
+
+
 def flags(model_folder, folder, **changes):
     """The command line of a run of four short steps; a change to None leaves a flag out."""
     values = {"model": model_folder, "out": folder, "tasks": 2, "group_size": 2, "max_turns": 3,

@@ -34,13 +34,12 @@ import functools
 import itertools
 import json
 import os
-import random
 import sys
 from pathlib import Path
 
 import envs
 import sdar
-from lib import curves, folders, progress, results, runs
+from lib import curves, folders, results, runs
 from lib.checkpoints import sealed
 from lib.endpoint import PARALLEL, TIMEOUT, Endpoint
 from lib.episodes import episode_lines, episodes_beside, show
@@ -103,9 +102,8 @@ def play(player, cfg, environments, tasks, repeats, skills, condition):
     """The tasks, `repeats` times, each with its own seed -> (a JSON-ready dict per episode, the episodes as lines of a
     file). player: an sdar.Policy, or an Endpoint."""
     outcomes, lines = [], []
-    rollout = served_rollout if isinstance(player, Endpoint) else sdar.rollout
     for repeat in range(repeats):
-        episodes = rollout(player, environments, tasks, cfg, temperature=cfg.eval_temperature, skills=skills,
+        episodes = sdar.rollout(player, environments, tasks, cfg, temperature=cfg.eval_temperature, skills=skills,
                            seed=cfg.seed + 1_000_003 * repeat, doing=CONDITIONS[condition])
         outcomes += [{"task_id": e.task.group, "task_type": e.task_type, "repeat": repeat, "won": e.won,
                       "score": e.score, "turns": len(e.turns), "invalid": sum(not t.valid for t in e.turns),
@@ -113,34 +111,6 @@ def play(player, cfg, environments, tasks, repeats, skills, condition):
         lines += episode_lines(player.chat, envs.READABLE[cfg.env], episodes, condition=condition, repeat=repeat,
                                skills=skills and functools.partial(sdar.skill_text, skills))
     return outcomes, lines
-
-
-def served_rollout(server, environments, tasks, cfg, *, temperature, skills, seed, doing):
-    """sdar.rollout with the model behind a server, which cuts no prompt. An episode without an answer ends there."""
-    running = [sdar.start_episode(cfg, task, env) for task, env in zip(tasks, environments)]
-    sdar.number_episodes(running, seed)
-    episodes = [r.episode for r in running]
-    with progress.bar(doing, len(running) * cfg.max_turns, "turn"):
-        for turn_number in range(cfg.max_turns):
-            prompts = [sdar.turn_prompt(server.chat, cfg, r, skills) for r in running]
-            seeds = [random.Random(f"{r.episode.name} {turn_number}").getrandbits(31) for r in running]
-            answers = server.ask([ids[0] for _, ids in prompts], temperature, seeds)
-            turns = [sdar.Turn(*prompt, sdar.Response((), (), stop), text, *envs.parse_action(
-                cfg.env, text, official=not cfg.check_admissible)) for prompt, (text, stop) in zip(prompts, answers)]
-            played = [turn.response.stop != "error" for turn in turns]
-            steps = list(itertools.compress(running, played)), list(itertools.compress(turns, played))
-            for r, turn, result in zip(*steps, sdar.step_all(cfg, *steps)):
-                sdar.record_turn(cfg, r, turn, result)
-            for r, turn in zip(running, turns):
-                if turn.response.stop == "error":
-                    r.episode.turns.append(turn)
-                    r.episode.errors, r.over = r.episode.errors + 1, True
-            over = sum(r.over for r in running)
-            progress.advance(len(running) + over * (cfg.max_turns - turn_number - 1))
-            running = [r for r in running if not r.over]
-            if not running:
-                break
-    return episodes
 
 
 def free_to_write(out, settings):

@@ -41,6 +41,7 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,6 +52,7 @@ import kernels
 from lib import agreement, folders, health, hindsight, models, progress, runs
 from lib.analyser import RULES
 from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
+from lib.engine import Response, TorchEngine, respond
 from lib.episodes import episode_lines, note_top, stays, write_step
 from lib.packing import micro_batches, pack
 from lib.program import UserError, describe, exit_status
@@ -59,6 +61,8 @@ from lib.skills import CONTROLS, STRATEGIES, contains, library, retrieve
 from lib.tasks import Task, count_tasks, evaluation_set_hash, reset_env, step_env, stratified, types_of
 
 __version__ = "0.4.0"
+
+SEARCHES = 32  # of a retriever at a time
 
 # E episodes · B rows (a row is one turn of an episode) · T response tokens of a row · N those of a micro-batch
 # S packed sequences · L their length · P prompt tokens · D hidden size (in shapes; elsewhere the gap) · V vocabulary
@@ -200,6 +204,8 @@ class Config:
     check_admissible: bool = option(True, "an action that the observation does not offer makes the turn invalid; off, "
                                    "broken answers are also read as the released code reads them")
     updates: int = option(1, "optimiser steps per batch", at_least=1)
+    is_cap: float = option(0.0, "C: a token's advantage times min(exp(old_logp - the sampler's log-prob), C), where an "
+                           "engine rounds otherwise than the trainer; 0: off", at_least=0)
     sdar_coef: float = option(0.01, "lambda of eq. (5)", at_least=0)
     gate_beta: float = option(5.0, "beta of eq. (4)", at_least=0)
     sdar_decay: int = option(0, "steps over which lambda falls linearly to 0; 0: it stays", at_least=0)
@@ -367,7 +373,7 @@ def idle_settings(cfg):
         (cfg.analyser != "none", ("distill",), "every turn with a hindsight skill is distilled"),
         (not (cfg.opid_episode_weight or cfg.opid_step_weight), ("analyser",), "both of OPID's weights are 0"),
         (not cfg.pg_coef, ("clip", "dual_clip", "invalid_penalty", "advantage_stats", "gigpo_weight", "gigpo_gamma",
-                           "gigpo_std", "rlsd_mix", "rlsd_clip", "rlsd_decay"), "--pg_coef is 0"),
+                           "gigpo_std", "is_cap", "rlsd_mix", "rlsd_clip", "rlsd_decay"), "--pg_coef is 0"),
         (cfg.teacher != "ema", ("ema",), "--teacher is not ema"),
         (not cfg.gigpo_weight, ("gigpo_gamma", "gigpo_std"), "--gigpo_weight is 0"),
         (not cfg.rlsd_mix, ("rlsd_clip", "rlsd_decay"), "--rlsd_mix is 0"),
@@ -468,6 +474,20 @@ class Policy:
     ema: torch.nn.Module | None = None  # a moving average of the weights
     packs: bool = True  # whether siblings may be packed into one sequence
     fused_error: float = 0.0  # largest difference between the trainer's log-probs and the model's own, in a trial
+    rounded: torch.nn.Module | None = None  # under autocast, a copy whose matrices are bf16
+
+    @property
+    def fast(self):
+        """The model for whatever needs no gradient."""
+        return self.rounded or self.model
+
+    def refresh(self):
+        """Gives `fast` the weights that an optimiser step has changed."""
+        models.refresh(self.fast, self.model)
+
+    def engine(self, cfg, temperature):
+        """What generates responses (lib/engine.py); temperature 0 is greedy."""
+        return TorchEngine(self, cfg, temperature)
 
 
 def load_policy(cfg, skills=None):
@@ -490,8 +510,10 @@ def make_policy(model, tokenizer, cfg, skills=None):
         models.recompute_activations(model)
     policy = Policy(model.to(device).eval(), chat, models.end_of_turn_ids(model, chat), device, autocast)
     policy.fused_error, policy.packs = check_model(policy, cfg, skills)
+    if autocast:
+        policy.rounded = models.fast_copy(policy.model, alone=False)
     if cfg.kl_coef or cfg.teacher == "ref":
-        policy.ref = copy.deepcopy(policy.model).requires_grad_(False)
+        policy.ref = models.fast_copy(policy.model) if autocast else copy.deepcopy(policy.model).requires_grad_(False)
     if cfg.teacher == "ema":
         policy.ema = copy.deepcopy(policy.model).requires_grad_(False)
     return policy
@@ -501,7 +523,8 @@ def check_model(policy, cfg, skills=None):
     """agreement.check_model with this file's sampler and trainer."""
     def try_sampling(policy, prompts, tokens, temperature):
         noises = [random.Random(number) for number in range(len(prompts))]
-        return sample(policy, prompts, dataclasses.replace(cfg, max_response_tokens=tokens), temperature, noises)
+        crowded = dataclasses.replace(cfg, max_response_tokens=tokens, rollout_batch=len(prompts) - 1)
+        return sample(policy, prompts, crowded, temperature, noises)
 
     def try_training(policy, prompts, responses, temperature):
         batch = pack(prompts, responses, policy.device)
@@ -525,81 +548,6 @@ def head_inputs(policy, model, batch):
         hidden = models.decoder(model)(input_ids=batch.ids, use_cache=False, **packed).last_hidden_state
     hidden = hidden.flatten(0, 1)[batch.predictors].to(dtype)  # the last norm gives fp32: no tensor core takes that
     return hidden, weight.to(dtype)
-
-
-# ------------------------------------------------------------------------------------------------------------- sampling
-
-class Response(NamedTuple):
-    """A sampled response. The losses compute its log-probs anew, with the trainer's arithmetic."""
-
-    ids: tuple
-    logp: tuple  # of the sampled tokens, at the sampling temperature (at 1 if greedy)
-    stop: str  # "end" or "length"
-
-
-@torch.no_grad()
-def sample(policy, prompts, cfg, temperature, noises):
-    """prompts: id tuples, and each one's random.Random -> a Response each. temperature 0 is greedy.
-
-    Equal prompts share one prefill. A response depends on its own prompt and noise alone, not on the batch.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))  # little padding, equals adjacent
-    responses = [None] * len(prompts)
-    for start in range(0, len(order), cfg.rollout_batch):
-        rows = order[start:start + cfg.rollout_batch]
-        some = [prompts[i] for i in rows], cfg, temperature, [noises[i] for i in rows]
-        for row, response in zip(rows, sample_batch(policy, *some)):
-            responses[row] = response
-    return responses
-
-
-def prefill(policy, prompts):
-    """Each different prompt is computed once -> (next logits [B, V], attention mask [B, P], cache, its arguments)."""
-    unique = list(dict.fromkeys(prompts))
-    number_of = {prompt: number for number, prompt in enumerate(unique)}
-    longest = max(map(len, unique))
-    ids = torch.tensor([(0,) * (longest - len(p)) + p for p in unique], device=policy.device)  # padded on the left
-    real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique], device=policy.device)
-    cache, cached = models.empty_cache(policy.model)
-    with models.autocast(policy):
-        out = policy.model(input_ids=ids, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp(min=0),
-                           logits_to_keep=1, **cached)
-    which = torch.tensor([number_of[p] for p in prompts], device=policy.device)
-    cache.reorder_cache(which)
-    return out.logits[which, -1].float(), real[which], cache, cached
-
-
-def sample_batch(policy, prompts, cfg, temperature, noises):
-    """`sample` for prompts that are generated side by side; a response that has ended leaves the batch."""
-    logits, real, cache, cached = prefill(policy, prompts)
-    position = real.sum(1, keepdim=True)
-    stop_ids = torch.tensor(sorted(policy.stop_ids), device=policy.device)
-    alive = torch.arange(len(prompts), device=policy.device)  # row number of each line of the cache
-    tokens, logps = [[] for _ in prompts], [[] for _ in prompts]
-    stops = ["length"] * len(prompts)
-    for number in range(cfg.max_response_tokens):
-        rows = alive.tolist()
-        progress.tell(f"{len(rows)} answers, token {number + 1}/{cfg.max_response_tokens}")
-        logprobs = (logits / (temperature or 1.0)).log_softmax(-1)  # [B, V]
-        token = models.draw_tokens(logprobs, temperature, [noises[row] for row in rows])  # [B, 1]
-        chosen = logprobs.gather(1, token)[:, 0]
-        ended = torch.isin(token[:, 0], stop_ids)
-        for row, t, lp, end in zip(rows, token[:, 0].tolist(), chosen.tolist(), ended.tolist()):
-            tokens[row].append(t)
-            logps[row].append(lp)
-            if end:
-                stops[row] = "end"
-        keep = torch.nonzero(~ended)[:, 0]
-        if len(keep) == 0 or number + 1 == cfg.max_response_tokens:
-            break
-        if len(keep) < len(alive):  # finished responses stop generating
-            cache.reorder_cache(keep)
-            alive, real, token, position = alive[keep], real[keep], token[keep], position[keep]
-        real = torch.cat([real, real.new_ones(len(real), 1)], 1)
-        with models.autocast(policy):
-            out = policy.model(input_ids=token, attention_mask=real, position_ids=position, **cached)
-        logits, position = out.logits[:, -1].float(), position + 1
-    return [Response(tuple(t), tuple(lp), s) for t, lp, s in zip(tokens, logps, stops)]
 
 
 # -------------------------------------------------------------------------------------------------------------- rollout
@@ -664,19 +612,50 @@ def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, 
 
 
 def play(policy, running, cfg, temperature, skills):
-    """Turn by turn, until every episode is over or out of turns."""
-    for turn_number in range(cfg.max_turns):
-        prompts = [turn_prompt(policy.chat, cfg, r, skills) for r in running]  # of (context, ids)
-        noises = [random.Random(f"{r.episode.name} {turn_number}") for r in running]
-        responses = sample(policy, [ids for _, ids in prompts], cfg, temperature, noises)
-        turns = [read_response(policy.chat, cfg, *prompt, response) for prompt, response in zip(prompts, responses)]
-        for r, turn, result in zip(running, turns, step_all(cfg, running, turns)):
-            record_turn(cfg, r, turn, result)
-        over = sum(r.over for r in running)
-        progress.advance(len(running) + over * (cfg.max_turns - turn_number - 1))
-        running = [r for r in running if not r.over]
-        if not running:
-            break
+    """Every episode at its own pace, until it is over or out of turns: a response that ends steps its environment at
+    once, while others are generated. With a retriever, searches run meanwhile, too."""
+    engine, steps = policy.engine(cfg, temperature), {}  # steps: {an environment's answer to come: its turn}
+
+    def ask(r):
+        context, ids = turn_prompt(policy.chat, cfg, r, skills)
+        engine.submit((r, context, ids), ids, random.Random(f"{r.episode.name} {len(r.past)}"))
+
+    with ThreadPoolExecutor(SEARCHES) as pool:
+        begin = pool.submit if cfg.retriever else at_once
+        for r in running:
+            ask(r)
+        while steps or len(engine):
+            for (r, *prompt), response in engine.step():
+                turn = read_response(policy.chat, cfg, *prompt, response)
+                steps[begin(answer, cfg, r, turn)] = r, turn
+            futures.wait(steps, timeout=0 if len(engine) else None, return_when=futures.FIRST_COMPLETED)
+            for done in [one for one in steps if one.done()]:  # in the order of their turns
+                r, turn = steps.pop(done)
+                record_turn(cfg, r, turn, done.result())
+                r.over |= len(r.past) == cfg.max_turns
+                progress.advance(1 + r.over * (cfg.max_turns - len(r.past)))
+                if not r.over:
+                    ask(r)
+
+
+def answer(cfg, running, turn):
+    """The environment's answer to a turn. An episode whose response a server has failed to give ends there."""
+    if turn.response.stop == "error":
+        errors = running.info.get("retriever_errors", 0) + 1
+        return running.observation, 0.0, False, True, running.info | {"valid": False, "retriever_errors": errors}
+    return step_env(running.env, running.episode.task, turn.action, len(running.past) + 1, cfg.env_timeout)
+
+
+def at_once(function, *args):
+    """The result of a function as a Future that is done."""
+    done = futures.Future()
+    done.set_result(function(*args))
+    return done
+
+
+def sample(policy, prompts, cfg, temperature, noises):
+    """prompts: id tuples, and each one's random.Random -> a Response each."""
+    return respond(policy.engine(cfg, temperature), prompts, noises)
 
 
 def number_episodes(running, seed):
@@ -719,17 +698,6 @@ def record_turn(cfg, running, turn, result):
     episode.turns.append(turn)
     episode.won, episode.score, episode.done = bool(info["won"]), float(info["score"]), bool(terminated)
     episode.errors = info.get("retriever_errors", 0)
-
-
-def step_all(cfg, running, turns):
-    """Every environment's answer to its turn, in order; in threads where a step waits for a retriever's answer."""
-    def step_one(r, turn):
-        return step_env(r.env, r.episode.task, turn.action, len(r.past) + 1, cfg.env_timeout)
-
-    if not cfg.retriever:
-        return [step_one(r, turn) for r, turn in zip(running, turns)]
-    with ThreadPoolExecutor(32) as pool:
-        return list(pool.map(step_one, running, turns))
 
 
 def make_env(cfg, probe=False):
@@ -908,9 +876,9 @@ def hidden_states(policy, model, rows, cfg, teacher):
 
 def note_likeliest(policy, rows, cfg):
     """Notes in each row the likeliest tokens of student and teacher, for the dump of episodes."""
-    teacher = {"none": None, "ref": policy.ref, "ema": policy.ema}.get(cfg.teacher, policy.model)
+    teacher = {"none": None, "ref": policy.ref, "ema": policy.ema}.get(cfg.teacher, policy.fast)
     with torch.no_grad(), torch.random.fork_rng():  # models that draw numbers of their own draw the same afterwards
-        for side, model in ("student", policy.model), ("teacher", teacher):
+        for side, model in ("student", policy.fast), ("teacher", teacher):
             for some, *head, _ in hidden_states(policy, model, rows, cfg, side == "teacher") if model else ():
                 note_top(side, some, *head, cfg.temperature)
 
@@ -927,7 +895,7 @@ class Frozen(NamedTuple):
 
 def frozen_logp(policy, rows, cfg):
     """The log-probs that a step needs from before its first update -> Frozen."""
-    early_teacher = {"rollout": policy.model, "ref": policy.ref, "ema": policy.ema}.get(cfg.teacher)
+    early_teacher = {"rollout": policy.fast, "ref": policy.ref, "ema": policy.ema}.get(cfg.teacher)
     return Frozen(
         old_logp=response_logp(policy, policy.model, rows, cfg) if cfg.updates > 1 else None,
         ref_logp=response_logp(policy, policy.ref, rows, cfg) if cfg.kl_coef else None,
@@ -940,7 +908,7 @@ def token_scores(policy, cfg, micro_batch, frozen):
     hidden, weight = head_inputs(policy, policy.model, batch)
     if cfg.teacher == "live":
         with torch.no_grad():
-            skilled, _ = head_inputs(policy, policy.model, pack_rows(policy, micro_batch, teacher=True))
+            skilled, _ = head_inputs(policy, policy.fast, pack_rows(policy, micro_batch, teacher=True))
         return kernels.fused_gap_gate(
             hidden, skilled, weight, batch.targets, beta=cfg.gate_beta, gate=cfg.gate, temperature=cfg.temperature,
             divergence=cfg.surrogate if cfg.surrogate in kernels.DIVERGENCES else None)
@@ -960,9 +928,13 @@ def step_loss(policy, cfg, micro_batch, num_tokens, frozen):
     logp, mask = tokens.logp, torch.ones_like(tokens.logp)
     old_logp = logp.detach() if frozen.old_logp is None else join_tokens(rows, frozen.old_logp, logp.device)
     advantages, metrics = token_advantages(cfg, rows, old_logp, tokens.teacher_logp, num_tokens)
+    sampled = join_tokens(rows, {row: row.logp for row in rows}, logp.device)
+    if cfg.is_cap:
+        weight = truncated_weights(old_logp, sampled, cfg.is_cap)
+        advantages, metrics["rollout/is_weight"] = advantages * weight, weight.sum() / num_tokens
     pg, more = policy_loss(logp, old_logp, advantages, mask, num_tokens=num_tokens, clip=cfg.clip,
                            dual_clip=cfg.dual_clip)
-    off = (old_logp - join_tokens(rows, {row: row.logp for row in rows}, logp.device)).abs()
+    off = (old_logp - sampled).abs()
     metrics |= more | {"rollout/logp_diff_mean": off.sum() / num_tokens, "rollout/logp_diff_max": off.max()}
     terms = {"grpo/loss": (cfg.pg_coef, pg), "grpo/entropy": (-cfg.entropy_coef, tokens.entropy.sum() / num_tokens)}
     if cfg.kl_coef:
@@ -977,6 +949,12 @@ def step_loss(policy, cfg, micro_batch, num_tokens, frozen):
         gaps = dict(zip(rows, zip(split_tokens(rows, tokens.gap), split_tokens(rows, tokens.gate))))
     loss = sum((coef * value for coef, value in terms.values() if coef), start=0.0 * pg)  # eq. (5)
     return loss, metrics | {name: value.detach() for name, (_, value) in terms.items()}, gaps
+
+
+def truncated_weights(old_logp, sampled_logp, cap):
+    """min(exp(old_logp - sampled_logp), cap), all [N]: the importance of tokens that were sampled with other arithmetic
+    than the trainer's, truncated (Yao et al. 2025). L_pg is proportional to the advantage, which they multiply."""
+    return torch.exp((old_logp - sampled_logp).clamp(max=20)).clamp(max=cap)
 
 
 def token_advantages(cfg, rows, old_logp, teacher_logp, num_tokens):
@@ -1034,6 +1012,7 @@ def train_step(policy, optimizer, rows, cfg, step):
                     value = float(value)
                     total[name] = max(total[name], value) if name.endswith("_max") else total[name] + value / len(parts)
             total["grpo/grad_norm"] += optimizer_step(policy.model, optimizer, lr, cfg, total) / len(parts)
+            policy.refresh()
     if policy.ema is not None:
         models.move_average(policy.ema, policy.model, cfg.ema)
     return dict(total), gaps

@@ -17,7 +17,7 @@ import torch
 import envs
 import kernels
 import sdar
-from conftest import config, own_logp, same
+from conftest import config, own_logp, same, script
 from lib import folders, models
 from lib.packing import width
 
@@ -506,31 +506,16 @@ def noises(prompts):
     return [random.Random(number) for number, _ in enumerate(prompts)]
 
 
-def scripted(environments, chat, act, calls=None):
-    """A stand-in for sdar.sample that answers act(env) for every environment still in play, in order."""
-    def answer(policy, prompts, cfg, temperature, noises):
-        playing = [env for env in environments if env.page != "done"]
-        assert len(playing) == len(prompts)  # finished episodes generate nothing
-        if calls is not None:
-            calls.append(len(prompts))
-        end = (chat.tokenizer.eos_token_id,)
-        ids = [chat.encode(f"<think>so</think><action>{act(env)}</action>") + end for env in playing]
-        return [sdar.Response(i, (-0.5,) * len(i), "end") for i in ids]
-
-    return answer
-
-
 def test_the_experts_words_win_and_finished_episodes_stop_generating(policy, monkeypatch):
     cfg = config(tasks=6, max_turns=15)
-    environments, calls = [sdar.make_env(cfg) for _ in range(12)], []
+    environments = [sdar.make_env(cfg) for _ in range(12)]
     lazy = environments[0]  # never buys
     act = lambda env: "search[red]" if env is lazy else env.expert()
-    monkeypatch.setattr(sdar, "sample", scripted(environments, policy.chat, act, calls))
-    done = []
+    calls, done = script(monkeypatch, act), []
     monkeypatch.setattr(sdar.progress, "advance", done.append)
     episodes = sdar.rollout(policy, environments, sdar.step_tasks(cfg, lazy, 1), cfg)
     assert [e.won for e in episodes] == [e.done for e in episodes] == [False] + [True] * 11
-    assert sum(done) == 12 * 15 and len(done) == 15  # turns, those that a finished episode does not need included
+    assert sum(done) == 12 * 15  # turns, those that a finished episode does not need included
     assert all(turn.valid and turn.action.startswith(("search[", "click[")) for e in episodes for turn in e.turns)
     lengths = [len(e.turns) for e in episodes]
     assert lengths[0] == 15 and max(lengths[1:]) < 15 and len(set(lengths)) > 2
@@ -611,7 +596,7 @@ def test_an_environment_that_raises_is_reported_with_task_and_turn(policy, monke
     cfg = config()
     environments = [sdar.make_env(cfg) for _ in range(4)]
     tasks = sdar.step_tasks(cfg, environments[0], 0)
-    monkeypatch.setattr(sdar, "sample", scripted(environments, policy.chat, lambda env: "search[lamp]"))
+    script(monkeypatch, lambda env: "search[lamp]")
     step = environments[2].step
 
     def fail_the_second_time(action):
@@ -630,7 +615,7 @@ def test_an_action_that_the_observation_does_not_offer_is_invalid_unless_the_che
         cfg = config(max_turns=2, check_admissible=check)
         environments = [sdar.make_env(cfg) for _ in range(4)]
         act = lambda env: "search[lamp]" if env.page == "start" else "click[no such thing]"
-        monkeypatch.setattr(sdar, "sample", scripted(environments, policy.chat, act))
+        script(monkeypatch, act)
         episodes = sdar.rollout(policy, environments, sdar.step_tasks(cfg, environments[0], 0), cfg)
         assert [[t.valid for t in e.turns] for e in episodes] == [[True, not check]] * 4
 

@@ -37,7 +37,8 @@ def check_model(policy, name, longest, sample, score):
     prompts = trial_prompts(policy, longest)
     tried = max(map(len, prompts)) + RESPONSE
     check_lengths(text_config(policy.model), name, longest, tried)
-    exact = dataclasses.replace(policy, autocast=False, stop_ids=frozenset(range(0, vocabulary(policy), RESPONSE)))
+    exact = dataclasses.replace(policy, autocast=False, rounded=None,
+                                stop_ids=frozenset(range(0, vocabulary(policy), RESPONSE)))
     temperature = call_or_refuse(name, "its own forward pass", logit_std, exact, policy.chat.prompt("Find a red lamp."))
     responses = call_or_refuse(name, "sampling", sample, exact, prompts * 2, RESPONSE, temperature)
     groups = [responses[0::2], responses[1::2]]  # siblings leave the batch at different times; the last is scored alone

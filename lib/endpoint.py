@@ -8,6 +8,7 @@ greedy at any temperature where that has no do_sample. The key comes from OPENAI
 import contextlib
 import http.client
 import json
+import queue
 import threading
 import time
 import urllib.error
@@ -17,6 +18,7 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from lib.engine import Response
 from lib.program import UserError, without_secrets
 from lib.retrieval import NoRedirect, TimedHandler, is_this_host, retry_after, split_address
 
@@ -31,7 +33,7 @@ BUSY = (408, 409, 425, 429)  # worth another try, as every status from 500 on
 
 # Stands in for lib.models.Chat, since template and tokenizer are the server's: a text is one token.
 PLAIN_CHAT = SimpleNamespace(encode=lambda text: (text,), prompt=lambda text: (text,), tokenizer=SimpleNamespace(
-    decode="".join, convert_ids_to_tokens=list))
+    decode="".join, convert_ids_to_tokens=list), response_text="".join)
 
 
 class Answer(NamedTuple):
@@ -78,25 +80,8 @@ class Endpoint:
             raise UserError(f"{self.shown} does not answer as {self.model!r}: {self.last_failure}.")
         self.counts.clear()
 
-    def ask(self, prompts, temperature, seeds):
-        """User messages, and a seed for each, which the server may ignore -> an Answer each. Raises UserError where
-        none is answered, or GIVE_UP requests in a row have failed."""
-        answers, jobs = [Answer("", "error")] * len(prompts), iter(range(len(prompts)))
-
-        def work():
-            while self.failed_in_a_row < GIVE_UP and (number := next(jobs, None)) is not None:
-                answers[number] = self.answer(prompts[number], temperature, seeds[number])
-
-        # not an executor, for whose threads the end of the program, and so Ctrl-C, would wait
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self.parallel, len(prompts)))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if self.failed_in_a_row >= GIVE_UP or not self.counts["answered"]:
-            raise UserError(f"{self.shown} has stopped answering ({self.failed_in_a_row} requests in a row failed, the "
-                            f"last one: {self.last_failure}): see to the server, then start the evaluation anew.")
-        return answers
+    def engine(self, cfg, temperature):
+        return EndpointEngine(self, temperature)
 
     def answer(self, prompt, temperature, seed, tries=TRIES):
         """One request, tried again where that may help -> Answer."""
@@ -150,6 +135,39 @@ class Endpoint:
         """The beginning of what a server said, bytes, in which the key is ***."""
         text = " ".join(said.decode("utf-8", "replace").split())
         return (text.replace(self.key, "***") if self.key else text)[:300]
+
+
+class EndpointEngine:
+    """lib/engine.py's interface to a server. step waits for an answer. Raises UserError where none is answered, or
+    GIVE_UP requests in a row have failed."""
+
+    def __init__(self, server, temperature):
+        self.server, self.temperature = server, temperature
+        self.asked, self.answers = 0, queue.SimpleQueue()
+        self.free = threading.Semaphore(server.parallel)
+
+    def submit(self, key, prompt, noise):
+        """noise gives the request's seed, which the server may ignore."""
+        self.asked += 1
+        # not an executor, for whose threads the end of the program, and so Ctrl-C, would wait
+        threading.Thread(target=self.request, args=(key, prompt[0], noise.getrandbits(31)), daemon=True).start()
+
+    def request(self, key, prompt, seed):
+        with self.free:
+            lost = self.server.failed_in_a_row >= GIVE_UP
+            self.answers.put((key, Answer("", "error") if lost else self.server.answer(prompt, self.temperature, seed)))
+
+    def __len__(self):
+        return self.asked
+
+    def step(self):
+        key, (text, stop) = self.answers.get()
+        self.asked -= 1
+        server = self.server
+        if server.failed_in_a_row >= GIVE_UP or not self.asked and not server.counts["answered"]:
+            raise UserError(f"{server.shown} has stopped answering ({server.failed_in_a_row} requests in a row failed, "
+                            f"the last one: {server.last_failure}): see to the server, then start the evaluation anew.")
+        return [(key, Response((text, "") if stop == "end" else (text,), (), stop))]
 
 
 def read_answer(data):

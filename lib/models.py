@@ -1,7 +1,7 @@
 """Loading a model with transformers: paths, devices, weights, chat template, and what both sampler and trainer need."""
 
+import copy
 import functools
-import inspect
 import json
 import re
 import warnings
@@ -332,11 +332,34 @@ def draw_tokens(logprobs, temperature, noises):
 
 
 def empty_cache(model):
-    """-> (a cache of keys and values that the model fills in place, the keyword arguments that hand it over)."""
+    """A cache of keys and values, or of what else a layer keeps, that a forward pass fills."""
     from transformers import DynamicCache
-    cache = DynamicCache(config=model.config)
-    renamed = "cache" in inspect.signature(model.forward).parameters  # since transformers 5.24
-    return cache, {"cache" if renamed else "past_key_values": cache, "use_cache": True}
+    return DynamicCache(config=model.config)
+
+
+def fast_copy(model, alone=True):
+    """The same function under autocast to bf16, bit for bit, for what needs no gradient: its matrices are bf16, so that
+    no call casts them. All else (embeddings, norms) is fp32, a copy, or unless `alone` the model's own tensors."""
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    rounded = {id(matrix): matrix for matrix in matrices(model) if id(matrix) not in embedded}
+    copies = {} if alone else {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copies |= {key: torch.nn.Parameter(matrix.detach().bfloat16(), False) for key, matrix in rounded.items()}
+    fast, head = copy.deepcopy(model, copies), model.get_output_embeddings()
+    if id(head.weight) in embedded:  # tied: the embedding stays fp32
+        fast.get_output_embeddings().weight = torch.nn.Parameter(head.weight.detach().bfloat16(), False)
+    return fast.requires_grad_(False) if alone else fast
+
+
+def matrices(model):
+    return [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+
+
+@torch.no_grad()
+def refresh(fast, model):
+    """Copies the model's weights into what fast_copy made of it, rounded; what both share needs nothing."""
+    for mine, new in zip(matrices(fast), matrices(model)):
+        if mine is not new:
+            mine.copy_(new)
 
 
 @torch.no_grad()

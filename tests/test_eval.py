@@ -3,6 +3,7 @@
 import dataclasses
 import http.server
 import json
+import random
 import shutil
 import threading
 import time
@@ -15,6 +16,7 @@ import eval as evaluation
 import sdar
 from conftest import config, flags, refused, written
 from lib import checkpoints, curves, endpoint, folders, results
+from lib.engine import respond
 from lib.program import UserError
 from lib.skills import read_skills
 from lib.statistics import cluster_bootstrap, wilson
@@ -347,6 +349,10 @@ def stub(monkeypatch):
     server.server_close()
 
 
+def ask(model, texts):
+    return respond(model.engine(None, 0.0), [(text,) for text in texts], map(random.Random, range(len(texts))))
+
+
 def test_a_server_in_trouble_is_asked_again_and_the_trouble_counted(stub):
     troubles = {
         (429, "slow down", (("Retry-After", 0),)): "status 429", (503, "", ()): "status 503",
@@ -356,10 +362,10 @@ def test_a_server_in_trouble_is_asked_again_and_the_trouble_counted(stub):
     for (status, text, headers), kind in troubles.items():
         model = endpoint.Endpoint(stub.url, "m", max_tokens=5, timeout=0.5)
         stub.script, stub.seen[:] = [(status, text, dict(headers))] * 2, []
-        assert model.ask(["hello \ud800"], 0.0, [0]) == [endpoint.Answer("no", "end")]
+        assert ask(model, ["hello \ud800"]) == [(("no", ""), (), "end")]
         assert model.counts == {f"tried again ({kind})": 2, "answered": 1} and len(stub.seen) == 3
     stub.script = [lambda handler, text: handler.connection.shutdown(2)]
-    assert model.ask(["hello"], 0.0, [0])[0].text == "no" and model.counts["tried again (connection failed)"] == 1
+    assert ask(model, ["hello"])[0].ids == ("no", "") and model.counts["tried again (connection failed)"] == 1
 
 
 def test_requests_are_given_up_where_another_try_is_useless_and_all_of_them_once_nothing_is_answered(stub, monkeypatch):
@@ -368,16 +374,16 @@ def test_requests_are_given_up_where_another_try_is_useless_and_all_of_them_once
     away = (302, "", {"Location": stub.url + "/else"})
     for refusal in ((400, "too long for sk-secret", {}), away, (200, " " * 1001, {})):
         stub.script = [stub.reply, refusal]
-        assert [model.ask([text], 0.0, [0])[0].stop for text in ("hello", "long")] == ["end", "error"]
+        assert [ask(model, [text])[0].stop for text in ("hello", "long")] == ["end", "error"]
         assert not stub.script and "sk-secret" not in model.last_failure
     kinds = "status 400", "status 302", "too long"
     assert model.counts == {"answered": 3} | {f"given up ({kind})": 1 for kind in kinds}
     stub.reply, stub.seen[:] = (500, "", {}), []
     with pytest.raises(UserError, match="has stopped answering .* requests in a row failed"):
-        model.ask(["hello"] * 1000, 0.0, range(1000))
+        ask(model, ["hello"] * 1000)
     assert len(stub.seen) <= endpoint.TRIES * (endpoint.GIVE_UP + model.parallel)
     with pytest.raises(UserError, match="has stopped answering"):
-        endpoint.Endpoint(stub.url, "m", max_tokens=5).ask(["hello"], 0.0, [0])  # none of one is enough
+        ask(endpoint.Endpoint(stub.url, "m", max_tokens=5), ["hello"])  # none of one is enough
 
 
 def test_requests_go_out_in_parallel_but_not_too_many_and_answers_come_in_order(stub):
@@ -393,8 +399,8 @@ def test_requests_go_out_in_parallel_but_not_too_many_and_answers_come_in_order(
     stub.reply = reply
     texts = list("abcdefghijkl")
     model = endpoint.Endpoint(f"{stub.url}/v1/chat/completions", "m", max_tokens=5, parallel=3)
-    assert model.ask(texts, 0.0, texts) == [(f"<think>{text}</think>", "length") for text in texts]
-    assert 2 <= max(most) <= 3 and sorted(body["seed"] for *_, body in stub.seen) == texts
+    assert ask(model, texts) == [((f"<think>{text}</think>",), (), "length") for text in texts]
+    assert 2 <= max(most) <= 3 and len({body["seed"] for *_, body in stub.seen}) == len(texts)
 
 
 def test_a_served_model_is_evaluated_and_episodes_without_an_answer_are_counted(stub, tmp_path, capsys):

@@ -20,7 +20,7 @@ import sdar
 from conftest import (
     CORPUS, QUESTIONS, assert_same_run, interrupt_in, lines_of, own_logp, refused, same, weights_of, written)
 from lib import experts, models
-from tools import clone, tiny
+from tools import clone, measure, tiny
 
 
 def clone_config(**changes):
@@ -220,3 +220,8 @@ def test_the_program_makes_a_small_model_and_resumes_after_the_copy_task(tmp_pat
     joining = tiny, "draw_demonstrations", 1  # in the step that has joined the variants of a word
     whole = cloned_at_once_and_in_parts(tiny.make_tiny, tmp_path, joining, monkeypatch, **changes)
     assert sdar.make_config({"model": str(whole)}).lr == sdar.make_config({"model": "tiny"}).lr  # its defaults
+
+
+def test_the_steps_that_are_timed_beside_trl_run_as_they_stand(monkeypatch):
+    monkeypatch.setattr(measure, "SAMPLES", 16)
+    assert len(measure.sdar_steps(1)) == 1

@@ -558,7 +558,7 @@ CASES = [
          "curve.png is not drawn"),
     # memory and numbers
     *(Case(f"memory runs out in {name}", train(patch=memory_error(where, call)), says="--rollout_batch", then=goes_on)
-      for name, where, call in (("sampling", "sdar, 'sample_batch'", 5), ("scoring", "sdar, 'token_scores'", 3),
+      for name, where, call in (("sampling", "sdar.TorchEngine, 'decode'", 5), ("scoring", "sdar, 'token_scores'", 3),
                                 ("an optimiser step", "torch.optim.AdamW, 'step'", 3))),
     Case("MemoryError", train(patch="fail(sdar, 'pack', 4, MemoryError())"), says="--micro_tokens", then=goes_on),
     Case("weights become NaN", train(patch="at_step(2, lambda run: [p.data.fill_(math.nan) for p in "

@@ -56,7 +56,8 @@ def sdar_steps(count):
     for step in range(count):
         groups = [tuple(rng.randrange(3, VOCABULARY) for _ in range(PROMPT)) for _ in range(SAMPLES // GROUP)]
         prompts = [prompt for prompt in groups for _ in range(GROUP)]
-        responses = sdar.sample(policy, prompts, cfg, 1.0, torch.Generator().manual_seed(step))
+        noises = [random.Random(f"{step} {number}") for number in range(SAMPLES)]
+        responses = sdar.sample(policy, prompts, cfg, 1.0, noises)
         returns = torch.tensor([rng.random() for _ in prompts])
         advantages = sdar.group_advantages(returns, torch.arange(SAMPLES) // GROUP).tolist()
         rows = [sdar.Row(p, (), r.ids, a, r.logp) for p, r, a in zip(prompts, responses, advantages)]
