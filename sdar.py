@@ -49,7 +49,7 @@ from typing import NamedTuple
 import lib  # noqa: F401  before torch: it sets how torch's idle threads wait
 import envs
 import kernels
-from lib import agreement, folders, health, hindsight, models, progress, runs
+from lib import agreement, folders, health, hindsight, memory, models, progress, runs
 from lib.analyser import RULES
 from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
 from lib.engine import Response, TorchEngine, respond
@@ -244,8 +244,10 @@ class Config:
     lr_schedule: str = option("constant", "after the warm-up; linear: to 0 at the end", choices=("constant", "linear"))
     weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = option(1.0, "gradient norm clip", above=0)
-    micro_tokens: int = option(4096, "student tokens per micro-batch, with padding", at_least=1, resume=True)
+    micro_tokens: int = option(4096, "student tokens per micro-batch, with padding; auto: as many as fit on the GPU",
+                               at_least=0, resume=True, words={"auto": 0})
     recompute: bool = option(False, "gradient checkpointing: updates are slower and need less memory", resume=True)
+    offload_reference: bool = option(False, "the reference model waits in host memory, not on the GPU", resume=True)
     seed: int = option(0, "seed of sampling and task order", at_least=-2**40, at_most=2**40)
     eval_every: int = option(10, "steps between evaluations, 0: none", group="evaluation", at_least=0, resume=True)
     eval_split: str = option("val", "split of the evaluation set, or several; alfworld: valid_seen,valid_unseen")
@@ -379,6 +381,9 @@ def idle_settings(cfg):
         (not cfg.rlsd_mix, ("rlsd_clip", "rlsd_decay"), "--rlsd_mix is 0"),
         (cfg.analyser == "none", ("opid_episode_weight", "opid_step_weight"), "--analyser is none"),
         (cfg.updates == 1, ("clip", "dual_clip"), "with --updates 1 every ratio is 1"),
+        (not (cfg.kl_coef or cfg.teacher == "ref"), ("offload_reference",), "there is no reference model"),
+        (cfg.offload_reference and models.choose_device(cfg.device).type == "cpu", ("offload_reference",),
+         "on a CPU all models are in host memory"),
         (cfg.history == 0, ("history_observations",), "--history 0 shows no earlier turn"),
         (not cfg.eval_every, {n for n in FIELDS if n.startswith("eval_")} - {"eval_every"}, "--eval_every is 0"),
         (cfg.env != "webshop", ("human_goals",), f"{cfg.env} has one kind of goals"),
@@ -514,6 +519,8 @@ def make_policy(model, tokenizer, cfg, skills=None):
         policy.rounded = models.fast_copy(policy.model, alone=False)
     if cfg.kl_coef or cfg.teacher == "ref":
         policy.ref = models.fast_copy(policy.model) if autocast else copy.deepcopy(policy.model).requires_grad_(False)
+        if cfg.offload_reference:
+            memory.to_host(policy.ref)
     if cfg.teacher == "ema":
         policy.ema = copy.deepcopy(policy.model).requires_grad_(False)
     return policy
@@ -869,9 +876,10 @@ def response_logp(policy, model, rows, cfg, teacher=False):
 def hidden_states(policy, model, rows, cfg, teacher):
     """Yields (rows, hidden states that predict their tokens [N, D], head's weight [V, D], targets [N]) of each
     micro-batch."""
-    for micro_batch in micro_batches(rows, cfg.micro_tokens, policy.packs):
-        batch = pack_rows(policy, micro_batch, teacher)
-        yield list(itertools.chain(*micro_batch)), *head_inputs(policy, model, batch), batch.targets
+    with memory.on_device(model, policy.device):
+        for micro_batch in micro_batches(rows, cfg.micro_tokens, policy.packs):
+            batch = pack_rows(policy, micro_batch, teacher)
+            yield list(itertools.chain(*micro_batch)), *head_inputs(policy, model, batch), batch.targets
 
 
 def note_likeliest(policy, rows, cfg):
@@ -1042,7 +1050,8 @@ def optimizer_step(model, optimizer, lr, cfg, metrics):
 
 
 def make_optimizer(model, cfg):
-    return torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    on_gpu = next(model.parameters()).is_cuda  # where an unfused step would take as much memory as the weights
+    return torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=on_gpu or None)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -1058,6 +1067,7 @@ def train(cfg, folder=None, checkpoint=None):
     skills = load_skills(cfg, env.task_types)
     policy = load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg, skills)
     check_prompt_limit(policy, cfg, env)
+    cfg.micro_tokens = cfg.micro_tokens or memory.choose_micro_tokens(cfg, policy)
     optimizer = make_optimizer(policy.model, cfg)
     more = {"skills": skills} | ({"ema": policy.ema} if policy.ema else {})  # with a state of its own in checkpoints
     if checkpoint:
@@ -1093,6 +1103,7 @@ def learn(policy, optimizer, environments, skills, cfg, run):
             if stays(step + 1, cfg.episodes_every) or step + 1 == cfg.steps:
                 note_likeliest(policy, rows, cfg)
             trained, gaps = train_step(policy, optimizer, rows, cfg, step)
+            optimizer.zero_grad(set_to_none=True)  # the next rollout needs the room
             metrics |= trained | runs.episode_metrics(episodes, [episode_return(cfg, e) for e in episodes])
             write_step(run.folder, step + 1, cfg.episodes_every, episode_lines(
                 policy.chat, envs.READABLE[cfg.env], episodes, rows=rows, gaps=gaps))

@@ -1,11 +1,12 @@
 """How much memory a run takes, by part: from its settings and the shape of its model, before it starts.
 
-The formulas are held to what is measured by `python -m tools.memory check` (docs/gpu.md).
+`python -m tools.memory check` holds the formulas to what torch allocates; docs/gpu.md has the result.
 """
 
 import contextlib
 import math
 import os
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,12 +15,14 @@ from lib import models
 
 KEPT_LOGITS = 7 * 2**25  # bytes that kernels.py may keep from forward to backward on a CPU (its KEEP_BYTES)
 CHUNK = 8192  # tokens, and vocabulary columns, of its largest buffer on a GPU (its GPU_CHUNK)
+PREFILL = 2**16  # prompt tokens, with padding, that the engine computes at once
+SPARE = 128  # columns of its cache beyond those in use (lib.cache.SPARE)
 USABLE = 0.9  # share of a GPU's memory for tensors; the rest: CUDA's context, libraries' workspaces, fragmentation
 MICRO_TOKENS = range(1024, 65_536 + 1, 1024)  # what --micro_tokens auto chooses from
 
 
 class Shape(NamedTuple):
-    """What memory depends on in a causal LM besides its number of parameters."""
+    """What memory depends on in a causal LM, besides its number of parameters."""
 
     layers: int
     hidden: int
@@ -28,21 +31,19 @@ class Shape(NamedTuple):
     keys: int  # width of its keys and values together
     wide: int  # width of the feed-forward part
     vocab: int
-    tied: bool  # whether head and embedding are one matrix
 
 
 def shape_of(model):
     config = models.text_config(model)
     heads = getattr(config, "num_attention_heads", None) or 1
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = 2 * size * (getattr(config, "num_key_value_heads", None) or heads)
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    return Shape(config.num_hidden_layers, config.hidden_size, heads, heads * head,
-                 2 * head * (getattr(config, "num_key_value_heads", None) or heads), wide, config.vocab_size, tied)
+    return Shape(config.num_hidden_layers, config.hidden_size, heads, heads * size, keys, wide, config.vocab_size)
 
 
 def bytes_of(model, besides=None):
-    """Bytes of a model's parameters; besides: those that belong to this model too count there."""
+    """Bytes of a model's parameters, except those that belong to the model `besides`, too."""
     shared = set() if besides is None else set(map(id, besides.parameters()))
     return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in shared)
 
@@ -50,88 +51,129 @@ def bytes_of(model, besides=None):
 # ---------------------------------------------------------------------------------------------------------- prediction
 
 def predict(cfg, policy):
-    """Bytes of a run by phase and part -> {"always", "sampling", "scoring", "update": {part: bytes}}.
+    """Bytes of a run by phase and part: {"always" | "sampling" | "scoring" | "update": {part: bytes}}.
 
-    The largest that the settings allow: every prompt and response at its limit. Of policy it uses model, fast, ref,
-    ema, autocast and device; its models may be on the meta device. The peak is `total` of this.
+    What the settings allow at most: prompts and responses at their limits, full micro-batches of siblings. Of policy it
+    reads model, fast, ref, ema, autocast and device; the models may be on the meta device.
     """
-    shape, each = shape_of(policy.model), 2 if policy.autocast else 4  # bytes of a computed number
-    trained = 4 * sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    row, siblings = cfg.max_prompt_tokens + cfg.max_response_tokens, most_siblings(cfg)
-    tokens = max(cfg.micro_tokens, row)  # of a micro-batch
-    scored = tokens * siblings // (cfg.max_prompt_tokens + siblings)  # response tokens among them
+    shape, trained = shape_of(policy.model), 4 * sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    siblings = most_siblings(cfg)
+    tokens = max(cfg.micro_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)  # of a micro-batch
+    scored = tokens * siblings // (cfg.max_prompt_tokens + siblings)  # those of responses
     always = {"weights": bytes_of(policy.model), "AdamW": 2 * trained}
-    if getattr(policy, "fast", policy.model) is not policy.model:
+    scoring = {"activations": tokens * passing(shape, policy.autocast), "head": head_buffers(shape, scored, policy)}
+    update = {"gradients": trained, "activations": activations(cfg, shape, tokens, policy.autocast),
+              "head": trained_head(shape, scored, policy)}
+    if policy.fast is not policy.model:
         always["bf16 copy"] = bytes_of(policy.fast, besides=policy.model)
+    if policy.ref is not None:
+        (scoring if cfg.offload_reference else always)["reference"] = bytes_of(policy.ref)
     if policy.ema is not None:
         always["average"] = bytes_of(policy.ema)
-    reference = 0 if policy.ref is None else bytes_of(policy.ref)
-    if reference and not cfg.offload_reference:
-        always["reference"] = reference
-    sampling = {"cache": cfg.rollout_batch * row * shape.layers * shape.keys * each,
-                "scores": cfg.rollout_batch * shape.vocab * SCORES}
-    scoring = {"activations": tokens * passing(shape, each), "head": head_buffers(shape, scored, policy, False)}
-    if reference and cfg.offload_reference:
-        scoring["reference"] = reference
-    update = {"gradients": trained, "activations": activations(cfg, shape, tokens, policy.autocast),
-              "head": head_buffers(shape, scored, policy, True) + 4 * shape.vocab * shape.hidden}
     if policy.autocast:
-        update["bf16 weights"] = bytes_of(policy.model) // 2
+        update["bf16 weights"] = 2 * sum(matrix.numel() for matrix in models.matrices(policy.model)
+                                         if matrix.dtype == torch.float32)
     if cfg.updates > 1:
         update["copy to undo a step"] = bytes_of(policy.model) + 2 * trained
-    return {"always": always, "sampling": sampling, "scoring": scoring, "update": update}
+    return {"always": always, "sampling": sampling(cfg, shape, policy), "scoring": scoring, "update": update}
+
+
+def peak(parts):
+    """The most that is there at once, of what `predict` gives."""
+    return sum(parts["always"].values()) + max(sum(parts[phase].values()) for phase in parts if phase != "always")
 
 
 def most_siblings(cfg):
-    """Tokens of the responses that can share one prompt: a group's, within lib.packing's bound."""
+    """Tokens of the responses that can share one prompt: those of a group, within the bound of lib.packing."""
     return min(4 * cfg.max_prompt_tokens, cfg.group_size * cfg.max_response_tokens)
 
 
-SCORES = 28
+def passing(shape, autocast):
+    """Bytes per token that come and go while a layer is computed: hidden states in fp32, three times its width."""
+    return 12 * shape.hidden + (2 if autocast else 4) * 3 * shape.wide
 
 
-def total(parts):
-    """The peak of what `predict` gives."""
-    phases = [sum(phase.values()) for name, phase in parts.items() if name != "always"]
-    return sum(parts["always"].values()) + max(phases)
+def kept(shape, autocast):
+    """Bytes per token that autograd keeps of one of transformers' Qwen2 or Llama layers with SDPA.
 
-
-def layer(shape, autocast, packed):
-    """Bytes per token that autograd keeps of a layer, as saved by transformers' Qwen2 and Llama layers with SDPA.
-
-    Of each norm: input and normalised input in fp32, and the result, of which autocast makes bf16 copies, one for each
-    of the five products that read it. Queries, keys, values and attention's output, and four times the width of the
-    feed-forward part (gate, its activation, up, product). packed: a mask makes SDPA repeat keys and values per head.
+    Of each norm its input and the normalised input in fp32, and its result: under autocast as a bf16 copy for each of
+    the five products that read it. Queries, keys, values (repeated for all heads, as masks make SDPA do), attention's
+    output, and four times the width of the feed-forward part: gate, its activation, up, and the product of both.
     """
-    stream = 16 * shape.hidden + 10 * shape.hidden if autocast else 24 * shape.hidden
-    keys = 2 * shape.query if packed else shape.keys
-    return stream + (2 if autocast else 4) * (2 * shape.query + keys + 4 * shape.wide) + 4 * shape.heads + 8
-
-
-def passing(shape, each):
-    """Bytes per token that come and go while a layer is computed, forward or backward."""
-    return 12 * shape.hidden + each * 3 * shape.wide
+    norms = (16 + 10 if autocast else 24) * shape.hidden
+    return norms + (2 if autocast else 4) * 4 * (shape.query + shape.wide) + 4 * shape.heads + 8
 
 
 def activations(cfg, shape, tokens, autocast):
-    """Bytes of activations of a micro-batch with gradient: what is kept, what comes and goes, and the packing mask."""
-    each = 2 if autocast else 4
-    whole = layer(shape, autocast, packed=True)
-    kept = 4 * shape.hidden * shape.layers + whole if cfg.recompute else whole * shape.layers
-    mask = min(tokens, cfg.max_prompt_tokens + most_siblings(cfg)) * (each + 1)  # per token: additive and boolean
-    return tokens * (kept + passing(shape, each) + 8 * shape.hidden + mask)
+    """Bytes of a micro-batch's activations: what autograd keeps, what comes and goes, and the mask of packed rows."""
+    layer = kept(shape, autocast)
+    layers = 4 * shape.hidden * shape.layers + layer if cfg.recompute else layer * shape.layers
+    mask = (3 if autocast else 5) * min(tokens, cfg.max_prompt_tokens + most_siblings(cfg))
+    return tokens * (layers + 8 * shape.hidden + passing(shape, autocast) + mask)  # 8: the last norm's
 
 
-def head_buffers(shape, scored, policy, gradient):
-    """Bytes that kernels.py takes besides inputs and results: a chunk of logits; with gradient fp32 sums of the hidden
-    states' gradient, and on a CPU the logits that it keeps."""
-    sums = 4 * scored * shape.hidden * (1 + gradient)
+def head_buffers(shape, scored, policy):
+    """Bytes that the kernels take for the log-probs of `scored` tokens: hidden states, chunks of logits or strips."""
+    return 4 * scored * shape.hidden + (4500 * scored if policy.device.type == "cuda" else 5 * 2**22)
+
+
+def trained_head(shape, scored, policy):
+    """The same with gradients: of hidden states, in fp32; of logits, a chunk, and on a CPU those that are kept; and of
+    the head's weight, which is held beside the gradients until the embedding's comes, too."""
+    weight, half = shape.vocab * shape.hidden, 2 if policy.autocast else 4
+    logits = min(KEPT_LOGITS, 4 * scored * shape.vocab)
     if policy.device.type == "cuda":
-        return sums + 4500 * scored + gradient * 2 * min(scored, CHUNK) * min(shape.vocab, CHUNK)
-    return sums + 5 * 2**22 + gradient * min(KEPT_LOGITS, 4 * scored * shape.vocab)
+        logits = 2 * min(scored, CHUNK) * min(shape.vocab, CHUNK)
+    buffers = head_buffers(shape, scored, policy) + 4 * scored * shape.hidden + logits
+    if not policy.model.get_output_embeddings().weight.requires_grad:
+        return buffers
+    return max(buffers + half * weight, (half + 4 if policy.autocast else 4) * weight)
 
 
-# ------------------------------------------------------------------------------------------------------ what there is
+def sampling(cfg, shape, policy):
+    """Bytes by part while the engine of lib/engine.py generates cfg.rollout_batch responses side by side."""
+    each, rows = 2 if policy.autocast else 4, cfg.rollout_batch
+    columns = cfg.max_prompt_tokens + cfg.max_response_tokens + SPARE
+    prompts = min(rows * cfg.max_prompt_tokens, max(PREFILL, cfg.max_prompt_tokens))
+    prefill = prompts * (passing(shape, policy.autocast) + shape.layers * shape.keys * each
+                         + (each + 1) * cfg.max_prompt_tokens)  # its own cache, and its mask
+    decode = rows * columns * 2 * shape.query * each  # keys and values of a layer, repeated for all heads
+    return {"cache": rows * columns * shape.layers * shape.keys * each, "activations": max(prefill, decode),
+            "head": rows * shape.vocab * 24}  # logits and log-probs in fp32, cumulative probabilities in fp64
+
+
+# ------------------------------------------------------------------------------------------------ what follows from it
+
+def choose_micro_tokens(cfg, policy):
+    """What --micro_tokens auto stands for: on a GPU the largest of MICRO_TOKENS with which the run fits into what this
+    process has or could have, at least the first of them; elsewhere the default."""
+    if policy.device.type != "cuda":
+        return type(cfg)().micro_tokens
+    free, _ = torch.cuda.mem_get_info(policy.device)
+    room = USABLE * (free + torch.cuda.memory_reserved(policy.device))
+    fitting = [size for size in MICRO_TOKENS if peak(predict(replace(cfg, micro_tokens=size), policy)) <= room]
+    return max(fitting, default=MICRO_TOKENS[0])
+
+
+def to_host(model):
+    """Moves a model's weights to this machine's memory, pinned, where a GPU reads them fastest."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.to("cpu").pin_memory()
+
+
+@contextlib.contextmanager
+def on_device(model, device):
+    """Within the block the model's weights are on the device; what `to_host` has moved returns to where it was."""
+    tensors = [*model.parameters(), *model.buffers()]
+    home = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device, non_blocking=True)
+        yield
+    finally:
+        for tensor, data in zip(tensors, home):
+            tensor.data = data
+
 
 def memory_there(device):
     """Bytes of memory of a GPU, or of this machine; infinite where the system does not tell."""
