@@ -61,9 +61,9 @@ def predict(cfg, policy):
     tokens = max(cfg.micro_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)  # of a micro-batch
     scored = tokens * siblings // (cfg.max_prompt_tokens + siblings)  # those of responses
     always = {"weights": bytes_of(policy.model), "AdamW": 2 * trained}
-    scoring = {"activations": tokens * passing(shape, policy.autocast), "head": head_buffers(shape, scored, policy)}
-    update = {"gradients": trained, "activations": activations(cfg, shape, tokens, policy.autocast),
-              "head": trained_head(shape, scored, policy)}
+    scoring = larger(activations=tokens * passing(shape, policy.autocast), head=head_buffers(shape, scored, policy))
+    update = {"gradients": trained, "activations": activations(cfg, shape, tokens, policy.autocast), **larger(
+        head=trained_head(shape, scored, policy), layer=tokens * passing(shape, policy.autocast) + held(policy))}
     if policy.fast is not policy.model:
         always["bf16 copy"] = bytes_of(policy.fast, besides=policy.model)
     if policy.ref is not None:
@@ -81,6 +81,12 @@ def predict(cfg, policy):
 def peak(parts):
     """The most that is there at once, of what `predict` gives."""
     return sum(parts["always"].values()) + max(sum(parts[phase].values()) for phase in parts if phase != "always")
+
+
+def larger(**parts):
+    """The larger of parts that come one after the other, as {name: bytes}."""
+    name = max(parts, key=parts.get)
+    return {name: parts[name]}
 
 
 def most_siblings(cfg):
@@ -105,29 +111,33 @@ def kept(shape, autocast):
 
 
 def activations(cfg, shape, tokens, autocast):
-    """Bytes of a micro-batch's activations: what autograd keeps, what comes and goes, and the mask of packed rows."""
+    """Bytes of a micro-batch's activations that autograd keeps, and of the mask of packed rows."""
     layer = kept(shape, autocast)
     layers = 4 * shape.hidden * shape.layers + layer if cfg.recompute else layer * shape.layers
     mask = (3 if autocast else 5) * min(tokens, cfg.max_prompt_tokens + most_siblings(cfg))
-    return tokens * (layers + 8 * shape.hidden + passing(shape, autocast) + mask)  # 8: the last norm's
+    return tokens * (layers + 8 * shape.hidden + mask)  # 8: the last norm's
+
+
+def held(policy):
+    """Bytes of the gradient of the head's weight, which waits beside the gradients until the embedding's comes, too."""
+    weight = policy.model.get_output_embeddings().weight
+    return 4 * weight.numel() if weight.requires_grad else 0
 
 
 def head_buffers(shape, scored, policy):
-    """Bytes that the kernels take for the log-probs of `scored` tokens: hidden states, chunks of logits or strips."""
-    return 4 * scored * shape.hidden + (4500 * scored if policy.device.type == "cuda" else 5 * 2**22)
+    """Bytes that the kernels take for the log-probs of `scored` tokens: hidden states, and chunks of logits or strips."""
+    chunks = 4500 * scored if policy.device.type == "cuda" else 20 * min(2**20, scored * shape.vocab)
+    return 4 * scored * shape.hidden + chunks
 
 
 def trained_head(shape, scored, policy):
-    """The same with gradients: of hidden states, in fp32; of logits, a chunk, and on a CPU those that are kept; and of
-    the head's weight, which is held beside the gradients until the embedding's comes, too."""
-    weight, half = shape.vocab * shape.hidden, 2 if policy.autocast else 4
+    """The same with gradients: of hidden states, in fp32; of logits, a chunk, and on a CPU those that are kept; of the
+    head's weight, in its own dtype and then in fp32."""
     logits = min(KEPT_LOGITS, 4 * scored * shape.vocab)
     if policy.device.type == "cuda":
         logits = 2 * min(scored, CHUNK) * min(shape.vocab, CHUNK)
     buffers = head_buffers(shape, scored, policy) + 4 * scored * shape.hidden + logits
-    if not policy.model.get_output_embeddings().weight.requires_grad:
-        return buffers
-    return max(buffers + half * weight, (half + 4 if policy.autocast else 4) * weight)
+    return max(buffers + held(policy) // 2, held(policy) * 3 // 2) if policy.autocast else buffers + held(policy)
 
 
 def sampling(cfg, shape, policy):
@@ -138,8 +148,9 @@ def sampling(cfg, shape, policy):
     prefill = prompts * (passing(shape, policy.autocast) + shape.layers * shape.keys * each
                          + (each + 1) * cfg.max_prompt_tokens)  # its own cache, and its mask
     decode = rows * columns * 2 * shape.query * each  # keys and values of a layer, repeated for all heads
-    return {"cache": rows * columns * shape.layers * shape.keys * each, "activations": max(prefill, decode),
-            "head": rows * shape.vocab * 24}  # logits and log-probs in fp32, cumulative probabilities in fp64
+    scores = rows * shape.vocab * 24  # logits and log-probs in fp32, cumulative probabilities in fp64
+    return {"cache": rows * columns * shape.layers * shape.keys * each,
+            **larger(activations=max(prefill, decode), head=scores)}
 
 
 # ------------------------------------------------------------------------------------------------ what follows from it

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -106,7 +107,8 @@ def measure(policy, cfg):
     rows, found = full_rows(cfg, vocab, 2), {}
     with allocations(policy.device) as found["scoring"]:
         sdar.response_logp(policy, policy.ref, rows, cfg)
-    prompts = [row.prompt_ids[:-1] + (number % vocab,) for number, row in enumerate([*rows, *rows][:cfg.rollout_batch])]
+    ids = functools.partial(random.Random(0).choices, range(vocab), k=cfg.max_prompt_tokens)
+    prompts = [tuple(ids()) for _ in range(2 * cfg.rollout_batch)]  # the second half joins beside a cache that is there
     with allocations(policy.device) as found["sampling"]:
         sdar.sample(policy, prompts, cfg, 1.0, [random.Random(number) for number in range(len(prompts))])
     with allocations(policy.device) as found["update"]:
@@ -216,7 +218,7 @@ def table():
             policy = on_paper(name, rank)
             fits = {}
             for batch in BATCHES:
-                parts = memory.predict(config(rollout_batch=batch, **settings), policy)
+                parts = memory.predict(dataclasses.replace(config(), rollout_batch=batch, **settings), policy)
                 for card, size in CARDS.items():
                     if memory.peak(parts) <= memory.USABLE * size:
                         fits.setdefault(card, batch)
