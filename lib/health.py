@@ -43,7 +43,7 @@ def gigabytes(size):
 
 def disk_parts(cfg, model):
     """Bytes of (a checkpoint, all that are there at once: cfg.keep, the one being written, the first)."""
-    size = sum(p.numel() for p in model.parameters())  # a tied weight counts once
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)  # a tied weight counts once
     each = (16 if cfg.teacher == "ema" else 12) * size  # weights, AdamW's moments, the average
     return each, (cfg.keep + 1) * each + 4 * size
 

@@ -125,7 +125,7 @@ def held(policy):
 
 
 def head_buffers(shape, scored, policy):
-    """Bytes that the kernels take for the log-probs of `scored` tokens: hidden states, and chunks of logits or strips."""
+    """Bytes that the kernels take for the log-probs of `scored` tokens: hidden states, chunks of logits or strips."""
     chunks = 4500 * scored if policy.device.type == "cuda" else 20 * min(2**20, scored * shape.vocab)
     return 4 * scored * shape.hidden + chunks
 

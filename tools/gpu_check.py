@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -166,14 +167,15 @@ def model_of(machine):
 @functools.cache
 def padded_tokenizer(vocabulary):
     """The bundled tokenizer with words that no text holds, up to `vocabulary` ids."""
-    import tokenizers
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(models.TINY)
-    stored = json.loads(tokenizer.backend_tokenizer.to_str())
-    first = max(tokenizer.get_vocab().values()) + 1
-    stored["model"]["vocab"] |= {f"\ue000{number}": number for number in range(first, vocabulary)}
-    tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(stored))
-    return tokenizer
+    stored = json.loads((models.TINY / "tokenizer.json").read_text())
+    used = {token["content"]: token["id"] for token in stored["added_tokens"]} | stored["model"]["vocab"]
+    free = set(range(vocabulary)) - {*used.values()}
+    stored["model"]["vocab"] = used | {f"\ue000{number}": number for number in free}
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(models.TINY, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(stored))
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def make_policy(machine, cfg):
@@ -231,7 +233,7 @@ def check_decoding(machine):
         engine = TorchEngine(policy, cfg, 1.0)
         for number in range(batch):
             engine.submit(number, tuple(rng.choices(range(machine.model[5]), k=machine.prompt)), random.Random(number))
-        stamps = [synchronised(machine)]
+        stamps, prefilled = [synchronised(machine)], 0
         while len(engine):
             prefilled = len(stamps) if engine.waiting else prefilled
             engine.step()
@@ -303,7 +305,6 @@ def sum_over_ranks(rank, ranks, device, store):
 
 def check_ranks(machine):
     """A sum over all GPUs by NCCL; on CPUs over two processes by gloo."""
-    import tempfile
     ranks = torch.cuda.device_count() if machine.device == "cuda" else 2
     if ranks == 1:
         return {"skipped": "there is one GPU"}
