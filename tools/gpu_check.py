@@ -12,6 +12,7 @@ has a time limit; the file is written after each, so that one that fails or hang
 import argparse
 import copy
 import functools
+import gc
 import json
 import math
 import os
@@ -66,13 +67,14 @@ def require(holds, sentence):
 
 # ------------------------------------------------------------------------------------------------------------- kernels
 
+RAGGED = 45, 72, 1013  # tokens, hidden size, vocabulary: no block is full
 LIMITS = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (2e-5, 5e-3)}  # of a value; of a gradient, relative to its norm
 
 
 def check_values(machine):
     """Errors against fp64 on ragged, and on the larger, shapes."""
     rows = []
-    for n, d, v in (45, 72, 1013), machine.head:
+    for n, d, v in RAGGED, machine.head:
         for dtype, limits in LIMITS.items():
             found = bench_kernels.accuracy(machine.backend, dtype, n, d, v)
             gradient = max(error for name, error in found.items() if name.startswith("d_"))
@@ -82,10 +84,10 @@ def check_values(machine):
     return rows
 
 
-def outputs(backend, dtype, divergence, n=45, d=72, v=1013):
-    """-> {name: tensor} of everything that the kernels give on the inputs of bench_kernels.accuracy."""
-    student, teacher, weight, targets, upstream = bench_kernels.accuracy_inputs(dtype, n, d, v)
-    student, weight = student.requires_grad_(), weight.requires_grad_()
+def outputs(backend, divergence, inputs):
+    """-> {name: tensor} of everything that the kernels give on inputs of bench_kernels.accuracy_inputs."""
+    student, teacher, weight, targets, upstream = inputs
+    student, weight = student.detach().requires_grad_(), weight.detach().requires_grad_()
     out = kernels.fused_gap_gate(student, teacher, weight, targets, temperature=0.7, divergence=divergence,
                                  backend=backend)
     found = {name: value for name, value in out._asdict().items() if value is not None}
@@ -98,9 +100,10 @@ def summaries(backend):
     """{case: {name: numbers}}: each value, and of gradients their norm and, if any is wrong, another weighted sum."""
     found = {}
     for dtype in LIMITS:
+        inputs = bench_kernels.accuracy_inputs(dtype, *RAGGED)
         for divergence in (None, *kernels.DIVERGENCES):
             case = found.setdefault(f"{dtype} {divergence}", {})
-            for name, x in outputs(backend, dtype, divergence).items():
+            for name, x in outputs(backend, divergence, inputs).items():
                 x = x.cpu().double()
                 weights = torch.linspace(-1, 1, x.numel(), dtype=torch.float64)
                 case[name] = x.tolist() if x.dim() == 1 else [x.norm().item(), (x.flatten() * weights).sum().item()]
@@ -123,8 +126,9 @@ def check_repeats(machine):
     """Two runs must agree in every bit."""
     n, d, v = machine.head
     for dtype in LIMITS:
+        inputs = bench_kernels.accuracy_inputs(dtype, n, d, v)
         for divergence in (None, *kernels.DIVERGENCES):
-            first, second = (outputs(machine.backend, dtype, divergence, n, d, v) for _ in range(2))
+            first, second = (outputs(machine.backend, divergence, inputs) for _ in range(2))
             other = [name for name, x in first.items() if not torch.equal(x, second[name])]
             require(not other, f"two runs in {dtype} with divergence {divergence} differ in {', '.join(other)}")
     return {"n": n, "d": d, "v": v, "cases": 2 * (1 + len(kernels.DIVERGENCES))}
@@ -135,8 +139,9 @@ def check_sanitizer(machine):
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if machine.device == "cpu" or not Path(program).exists():
         return {"skipped": "compute-sanitizer is not installed" if machine.device == "cuda" else "there is no GPU"}
-    code = ("import torch; from tools import gpu_check; "
-            "[gpu_check.outputs('triton', torch.bfloat16, divergence) for divergence in (None, 'rkl')]")
+    code = ("import torch; from tools.gpu_check import RAGGED, bench_kernels, outputs; "
+            "inputs = bench_kernels.accuracy_inputs(torch.bfloat16, *RAGGED); "
+            "[outputs('triton', divergence, inputs) for divergence in (None, 'rkl')]")
     found = {}
     for tool in ("memcheck", "racecheck"):
         done = subprocess.run([program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
@@ -338,6 +343,7 @@ def run_check(check, machine, seconds):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return result | {"seconds": time.perf_counter() - start}
