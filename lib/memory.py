@@ -62,8 +62,9 @@ def predict(cfg, policy):
     scored = tokens * siblings // (cfg.max_prompt_tokens + siblings)  # those of responses
     always = {"weights": bytes_of(policy.model), "AdamW": 2 * trained}
     scoring = larger(activations=tokens * passing(shape, policy.autocast), head=head_buffers(shape, scored, policy))
-    update = {"gradients": trained, "activations": activations(cfg, shape, tokens, policy.autocast), **larger(
-        head=trained_head(shape, scored, policy), layer=tokens * passing(shape, policy.autocast) + held(policy))}
+    layer = passing(shape, policy.autocast) + (kept(shape, policy.autocast) if cfg.recompute else 0)
+    update = {"gradients": trained, "activations": activations(cfg, shape, tokens, policy.autocast),
+              **larger(head=trained_head(shape, scored, policy), layer=tokens * layer + held(policy))}
     if policy.fast is not policy.model:
         always["bf16 copy"] = bytes_of(policy.fast, besides=policy.model)
     if policy.ref is not None:
@@ -112,10 +113,9 @@ def kept(shape, autocast):
 
 def activations(cfg, shape, tokens, autocast):
     """Bytes of a micro-batch's activations that autograd keeps, and of the mask of packed rows."""
-    layer = kept(shape, autocast)
-    layers = 4 * shape.hidden * shape.layers + layer if cfg.recompute else layer * shape.layers
+    layer = 4 * shape.hidden if cfg.recompute else kept(shape, autocast)
     mask = (3 if autocast else 5) * min(tokens, cfg.max_prompt_tokens + most_siblings(cfg))
-    return tokens * (layers + 8 * shape.hidden + mask)  # 8: the last norm's
+    return tokens * (layer * shape.layers + 8 * shape.hidden + mask)  # 8: the last norm's
 
 
 def held(policy):
