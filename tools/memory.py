@@ -11,6 +11,7 @@ full micro-batches of siblings, prompts and responses at their limits. The model
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -164,7 +165,9 @@ def check(names):
 # ----------------------------------------------------------------------------------------------------- over many steps
 
 def resident_bytes():
-    """Bytes of this process in memory, from Linux's /proc."""
+    """Bytes of this process in memory once freed memory is returned, which glibc puts off: RSS alone varies by 10 %."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -174,14 +177,15 @@ def flat(steps, early=20):
 
     def finish_and_note(run, metrics, line):
         finish(run, metrics, line)
-        seen[run.step] = resident_bytes()
+        if run.step % early == 0 or run.step == steps:
+            seen[run.step] = resident_bytes() / 1e6
 
     flags = f"--steps {steps} --tasks 2 --group_size 2 --max_turns 3 --eval_every 0 --save_every 50 --threads 1"
     with tempfile.TemporaryDirectory() as folder, patch.object(runs.Run, "finish_step", finish_and_note):
         if sdar.main([*flags.split(), "--out", f"{folder}/run"]):
             raise UserError("The run did not end well.")
-    row = {f"MB after step {step}": seen[step] / 1e6 for step in (early, steps)}
-    return [row | {"last / early": seen[steps] / seen[early], "flags": flags}]
+    return [{f"MB after step {step}": size for step, size in seen.items()}
+            | {"last / early": seen[steps] / seen[early], "flags": flags}]
 
 
 # ------------------------------------------------------------------------------------------------------------ what fits
