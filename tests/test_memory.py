@@ -111,18 +111,27 @@ def test_offloading_that_would_do_nothing_is_refused(changes, culprit):
         assert sdar.make_config({"offload_reference": True, "model": "other"}).offload_reference
 
 
-def test_packed_rows_keep_one_mask_for_all_layers():
-    policy = tool.make_policy(tool.qwen(*WIDE), tool.config())
-    batch, kept = sdar.pack([tuple(range(20))], [[(1, 2, 3), (4, 5)]], policy.device), set()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_autograd_keeps_what_is_predicted_and_one_mask_for_all_layers(dtype):
+    cfg = tool.config(dtype=dtype)
+    policy = tool.make_policy(tool.qwen(*WIDE), cfg)
+    batch = sdar.pack([tuple(range(200))], [[tuple(range(30)), tuple(range(26))]], policy.device)
+    weights, kept, masks = {p.data_ptr() for p in policy.model.parameters()}, {}, set()
 
     def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         if tensor.shape[-2:] == batch.mask.shape[-2:]:
-            kept.add(tensor.untyped_storage().data_ptr())
+            masks.add(storage.data_ptr())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden, _ = sdar.head_inputs(policy, policy.model, batch)
-    assert hidden.requires_grad and len(kept) == 1
+    shape, half = memory.shape_of(policy.model), dtype == "bfloat16"
+    casts = 2 * (sum(m.numel() for m in models.matrices(policy.model)) - shape.vocab * shape.hidden) if half else 0
+    expected = 256 * (shape.layers * memory.kept(shape, half) + 8 * shape.hidden + (2 if half else 4) * 256) + casts
+    assert hidden.requires_grad and len(masks) == 1 and expected == pytest.approx(sum(kept.values()), rel=0.03)
 
 
 @pytest.mark.slow
