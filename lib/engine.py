@@ -16,6 +16,7 @@ import torch
 from lib import models, progress
 
 SHARE = 1 / 8  # of all places: as many prompts wait, and places are free, before a prefill interrupts the others
+PREFILL = 2**16  # prompt tokens, padding included, that are computed at once: their activations take memory
 
 
 class Response(NamedTuple):
@@ -102,7 +103,9 @@ class TorchEngine:
 
     def prefill(self):
         """Prompts that waited join, each different one computed once -> the logits after them [rows, V]."""
-        joining = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.places - len(self.answers)))]
+        joining = []
+        while self.waiting and len(joining) + len(self.answers) < self.places and self.fits(joining):
+            joining.append(self.waiting.popleft())
         unique = list(dict.fromkeys(answer.prompt for answer in joining))
         number_of, longest = {prompt: number for number, prompt in enumerate(unique)}, max(map(len, unique))
         device = self.policy.device
@@ -114,6 +117,11 @@ class TorchEngine:
         self.window.add(cache, which, [len(answer.prompt) for answer in joining])
         self.answers += joining
         return logits[which]
+
+    def fits(self, joining):
+        """Whether the next prompt may be computed together with those that are joining."""
+        prompts = {answer.prompt for answer in (*joining, self.waiting[0])}
+        return not joining or len(prompts) * max(map(len, prompts)) <= PREFILL
 
     def draw(self, logits):
         """Logits [rows, V] -> a token more of each response in progress; those that end leave."""

@@ -12,7 +12,7 @@ import torch
 
 import sdar
 from conftest import config, script
-from lib import cache, models
+from lib import cache, engine, models
 from lib.engine import TorchEngine
 
 
@@ -44,15 +44,15 @@ def generate(episodes, places):
     """Plays the episodes with a Countdown -> (its calls that generate, tokens)."""
     model, tokens = Countdown(), 0
     policy = types.SimpleNamespace(fast=model, device=torch.device("cpu"), autocast=False, stop_ids={0})
-    engine = TorchEngine(policy, config(rollout_batch=places, max_response_tokens=512), 0)
+    player = TorchEngine(policy, config(rollout_batch=places, max_response_tokens=512), 0)
     for number, lengths in enumerate(episodes):
-        engine.submit((number, 0), (1, 1, lengths[0]), None)
-    while len(engine):
-        for (number, turn), response in engine.step():
+        player.submit((number, 0), (1, 1, lengths[0]), None)
+    while len(player):
+        for (number, turn), response in player.step():
             assert len(response.ids) == episodes[number][turn] and response.stop == "end"
             tokens += len(response.ids)
             if turn + 1 < len(episodes[number]):
-                engine.submit((number, turn + 1), (1, 1, episodes[number][turn + 1]), None)
+                player.submit((number, turn + 1), (1, 1, episodes[number][turn + 1]), None)
     return len(model.decoded), tokens
 
 
@@ -80,6 +80,7 @@ def families():
 def test_a_response_is_the_same_alone_and_among_others_that_come_and_go(name, policy, monkeypatch):
     from transformers import AutoModelForCausalLM
     monkeypatch.setattr(cache, "SPARE", 2)  # the window moves after every other token
+    monkeypatch.setattr(engine, "PREFILL", 40)  # two or three prompts at once
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(families()[name]).eval()
     some, rng = dataclasses.replace(policy, model=model, stop_ids=frozenset(range(0, 600, 9))), random.Random(1)
@@ -91,7 +92,7 @@ def test_a_response_is_the_same_alone_and_among_others_that_come_and_go(name, po
     assert [r.ids for r in alone] == [r.ids for r in among] and len({len(r.ids) for r in alone}) > 5
     assert type(cache.make_cache(model)).__name__ == ("Grown" if "state" in name else "Window")
     for prompt, response, other in zip(prompts, alone, among):
-        assert response.logp == pytest.approx(other.logp, abs=1e-4)
+        assert response.logp == pytest.approx(other.logp, abs=1e-3)
         logits = model(torch.tensor([prompt + response.ids])).logits[0, len(prompt) - 1:-1].detach()
         own = logits.log_softmax(-1)[range(len(response.ids)), response.ids].tolist()
         assert response.logp == pytest.approx(own, abs=1e-3)
