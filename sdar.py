@@ -519,11 +519,9 @@ def make_policy(model, tokenizer, cfg, skills=None):
         policy.rounded = models.fast_copy(policy.model, alone=False)
     if cfg.kl_coef or cfg.teacher == "ref":
         policy.ref = models.fast_copy(policy.model) if autocast else copy.deepcopy(policy.model).requires_grad_(False)
-        if cfg.offload_reference:
-            memory.to_host(policy.ref)
     if cfg.teacher == "ema":
         policy.ema = copy.deepcopy(policy.model).requires_grad_(False)
-    return policy
+    return memory.offloaded(policy) if cfg.offload_reference else policy
 
 
 def check_model(policy, cfg, skills=None):

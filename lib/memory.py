@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 
 from lib import models
+from lib.engine import PREFILL
 
 KEPT_LOGITS = 7 * 2**25  # bytes that kernels.py may keep from forward to backward on a CPU (its KEEP_BYTES)
 CHUNK = 8192  # tokens, and vocabulary columns, of its largest buffer on a GPU (its GPU_CHUNK)
-PREFILL = 2**16  # prompt tokens, with padding, that the engine computes at once
-SPARE = 128  # columns of its cache beyond those in use (lib.cache.SPARE)
 USABLE = 0.9  # share of a GPU's memory for tensors; the rest: CUDA's context, libraries' workspaces, fragmentation
 MICRO_TOKENS = range(1024, 65_536 + 1, 1024)  # what --micro_tokens auto chooses from
 
@@ -142,6 +141,7 @@ def trained_head(shape, scored, policy):
 
 def sampling(cfg, shape, policy):
     """Bytes by part while the engine of lib/engine.py generates cfg.rollout_batch responses side by side."""
+    from lib.cache import SPARE  # imports transformers, too
     each, rows = 2 if policy.autocast else 4, cfg.rollout_batch
     columns = cfg.max_prompt_tokens + cfg.max_response_tokens + SPARE
     prompts = min(rows * cfg.max_prompt_tokens, max(PREFILL, cfg.max_prompt_tokens))
@@ -166,15 +166,16 @@ def choose_micro_tokens(cfg, policy):
     return max(fitting, default=MICRO_TOKENS[0])
 
 
-def to_host(model):
-    """Moves a model's weights to this machine's memory, pinned, where a GPU reads them fastest."""
-    for tensor in (*model.parameters(), *model.buffers()):
+def offloaded(policy):
+    """-> the policy, whose reference waits in this machine's memory: pinned, so that a GPU reads it fastest."""
+    for tensor in (*policy.ref.parameters(), *policy.ref.buffers()):
         tensor.data = tensor.data.to("cpu").pin_memory()
+    return policy
 
 
 @contextlib.contextmanager
 def on_device(model, device):
-    """Within the block the model's weights are on the device; what `to_host` has moved returns to where it was."""
+    """Within the block the model's weights are on the device; what waits elsewhere returns there."""
     tensors = [*model.parameters(), *model.buffers()]
     home = [tensor.data for tensor in tensors]
     try:

@@ -11,7 +11,7 @@ import torch
 import kernels
 import sdar
 from conftest import config, flags, refused
-from lib import cache, memory, models
+from lib import memory, models
 from lib.folders import read_settings
 from lib.program import UserError
 from tools import memory as tool
@@ -56,8 +56,8 @@ def test_a_frozen_base_has_neither_gradients_nor_optimiser_state_nor_bf16_casts(
     assert "reference" not in adapter["always"] and [memory.held(p) for p in policies] == [4 * 151936 * 896, 0]
 
 
-def test_bounds_of_other_files_are_those_that_predictions_use():
-    assert (memory.KEPT_LOGITS, memory.CHUNK, memory.SPARE) == (kernels.KEEP_BYTES, kernels.GPU_CHUNK, cache.SPARE)
+def test_bounds_of_the_kernels_are_those_that_predictions_use():
+    assert (memory.KEPT_LOGITS, memory.CHUNK) == (kernels.KEEP_BYTES, kernels.GPU_CHUNK)
 
 
 @contextlib.contextmanager
@@ -90,7 +90,7 @@ def test_auto_is_resolved_once_and_stored_with_the_run(model_folder, tmp_path, c
 def test_weights_that_wait_elsewhere_are_on_the_device_within_the_block_alone():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     with patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor.clone()):
-        memory.to_host(model)
+        memory.offloaded(types.SimpleNamespace(ref=model))
     home = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
     for error in (None, MemoryError()):
         moved = lambda tensor, device, **_: (tensor + 0 if device == "gpu" else tensor)
