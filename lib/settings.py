@@ -124,7 +124,7 @@ def shorten(text):
     return textwrap.shorten(text, 60) if len(text) > 60 and " " in text else text[:60] + "..." * (len(text) > 60)
 
 
-def number(of_type, special):
+def number(of_type, special=()):
     """A function from a flag's text to its value; argparse puts the flag before what it complains about.
 
     special: {word: value} of words that may stand for a number.
