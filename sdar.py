@@ -49,7 +49,7 @@ from typing import NamedTuple
 import lib  # noqa: F401  before torch: it sets how torch's idle threads wait
 import envs
 import kernels
-from lib import agreement, folders, health, hindsight, memory, models, progress, runs
+from lib import agreement, folders, health, hindsight, lora, memory, models, progress, runs
 from lib.analyser import RULES
 from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
 from lib.engine import Response, TorchEngine, respond
@@ -181,8 +181,10 @@ class Config:
     history_observations: bool = option(True, "show the observations of earlier turns, not only the actions")
     reward: str = option("won", "return of an episode: 10 if won, or 10 x the graded score", choices=("won", "score"))
     model: str = option("tiny", "tiny (the bundled model), a folder, or a name that transformers loads", group="model")
+    lora_rank: int = option(0, "train an adapter of this rank beside frozen weights (LoRA; take 10 times the --lr), 0: "
+                            "train the weights", at_least=0, at_most=1024)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", resume=True)
-    dtype: str = option("auto", "auto is bf16 compute on CUDA, fp32 elsewhere; weights are always fp32",
+    dtype: str = option("auto", "auto is bf16 compute on CUDA, fp32 elsewhere; what is trained is fp32",
                         choices=("auto", "float32", "bfloat16"), resume=True)
     threads: int = option(0, "CPU threads, 0 for torch's own choice", at_least=0, at_most=1024, resume=True)
     tasks: int = option(16, "tasks per step", group="rollout", at_least=1)
@@ -338,6 +340,9 @@ def validate(cfg, explicit=()):
     if cfg.surrogate in kernels.DIVERGENCES and cfg.teacher not in ("live", "none"):
         raise UserError(f"--surrogate {cfg.surrogate} needs the teacher's whole distribution, which only --teacher "
                         f"live computes: leave --teacher {cfg.teacher} out.")
+    if cfg.lora_rank and cfg.teacher == "ema":
+        raise UserError("--teacher ema averages weights, and an average of an adapter's two factors is not that of "
+                        "their product: choose another teacher, or leave --lora_rank out.")
     if cfg.gigpo_weight and cfg.advantage_stats == "turn":
         raise UserError("--gigpo_weight adds to advantages over episodes: leave --advantage_stats turn out.")
     if cfg.student_skills and cfg.retrieval == "ucb":
@@ -381,7 +386,8 @@ def idle_settings(cfg):
         (not cfg.rlsd_mix, ("rlsd_clip", "rlsd_decay"), "--rlsd_mix is 0"),
         (cfg.analyser == "none", ("opid_episode_weight", "opid_step_weight"), "--analyser is none"),
         (cfg.updates == 1, ("clip", "dual_clip"), "with --updates 1 every ratio is 1"),
-        (not (cfg.kl_coef or cfg.teacher == "ref"), ("offload_reference",), "there is no reference model"),
+        (cfg.lora_rank or not (cfg.kl_coef or cfg.teacher == "ref"), ("offload_reference",),
+         "there is no reference model with weights of its own"),
         (cfg.offload_reference and models.choose_device(cfg.device).type == "cpu", ("offload_reference",),
          "on a CPU all models are in host memory"),
         (cfg.history == 0, ("history_observations",), "--history 0 shows no earlier turn"),
@@ -498,7 +504,7 @@ class Policy:
 def load_policy(cfg, skills=None):
     """The model and tokenizer that cfg names -> Policy. Raises UserError if there are none, or they can't be used."""
     models.choose_device(cfg.device)  # raises before the weights are read
-    return make_policy(*models.read_model(cfg.model), cfg, skills)
+    return make_policy(*models.read_model(cfg.model, merge=not cfg.lora_rank), cfg, skills)
 
 
 def make_policy(model, tokenizer, cfg, skills=None):
@@ -511,14 +517,17 @@ def make_policy(model, tokenizer, cfg, skills=None):
         torch.set_num_threads(cfg.threads)
     autocast = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
     chat = models.Chat(tokenizer)
+    lora.add(model, cfg.lora_rank, cfg.seed)
     if cfg.recompute:
         models.recompute_activations(model)
     policy = Policy(model.to(device).eval(), chat, models.end_of_turn_ids(model, chat), device, autocast)
     policy.fused_error, policy.packs = check_model(policy, cfg, skills)
-    if autocast:
+    if autocast and cfg.lora_rank:
+        lora.round_frozen(policy.model)
+    elif autocast:
         policy.rounded = models.fast_copy(policy.model, alone=False)
     if cfg.kl_coef or cfg.teacher == "ref":
-        policy.ref = models.fast_copy(policy.model) if autocast else copy.deepcopy(policy.model).requires_grad_(False)
+        policy.ref = models.reference(policy.model, autocast)
     if cfg.teacher == "ema":
         policy.ema = copy.deepcopy(policy.model).requires_grad_(False)
     return memory.offloaded(policy) if cfg.offload_reference else policy
@@ -1048,8 +1057,9 @@ def optimizer_step(model, optimizer, lr, cfg, metrics):
 
 
 def make_optimizer(model, cfg):
-    on_gpu = next(model.parameters()).is_cuda  # where an unfused step would take as much memory as the weights
-    return torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=on_gpu or None)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    fused = trained[0].is_cuda or None  # unfused, a step on a GPU takes as much memory again as the weights
+    return torch.optim.AdamW(trained, cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -1059,6 +1069,8 @@ def train(cfg, folder=None, checkpoint=None):
 
     folder, checkpoint: the run to go on with; a new run's folder is made once everything else is loaded and checked.
     """
+    if not checkpoint:
+        lora.check_new(cfg.model, cfg.lora_rank)
     env = make_env(cfg, probe=True)
     count = max(len(step_tasks(cfg, env, 0)), len(evaluation_tasks(cfg, env)) if cfg.eval_every else 0)
     environments = [env] + [make_env(cfg) for _ in range(count - 1)]

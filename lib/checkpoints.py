@@ -1,6 +1,6 @@
 """Checkpoints: whole, checked and recoverable folders of a run.
 
-    <run>/checkpoint-<step>/   model and tokenizer as save_pretrained writes them,
+    <run>/checkpoint-<step>/   model (with --lora_rank the adapter alone) and tokenizer as save_pretrained writes them,
                                state.pt (optimiser), run.json (step, the run's settings, size and CRC-32 of every file)
 
 CRC-32 finds any damage of up to four bytes in a row, and misses one in four billion of other accidents. It reads
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from lib import lora
 from lib.program import UserError, check_regular, crc32, describe, to_json
 
 SEAL = "run.json"  # written last: a folder without it is not a checkpoint
@@ -52,7 +53,7 @@ def sealed(checkpoint):
         stored = json.loads(path.read_text(encoding="utf-8"))
         if (isinstance(stored["step"], int) and isinstance(stored["settings"], dict | None)
                 and all(len(one) == 2 for one in stored["files"].values())
-                and {"state.pt", "config.json"} <= stored["files"].keys()):
+                and "state.pt" in stored["files"] and {"config.json", lora.CONFIG} & stored["files"].keys()):
             return stored
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
@@ -122,7 +123,7 @@ def save_checkpoint(run, model, tokenizer, optimizer, step, *, keep=2, settings=
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise NotSaved(f"The weights hold NaN or infinity ({name}) after step {step}, so they are not saved.")
-        model.save_pretrained(hidden)
+        lora.save(model, hidden) if lora.has_adapter(model) else model.save_pretrained(hidden)
         tokenizer.save_pretrained(hidden)
         with open(hidden / "state.pt", "wb") as file:
             states = {name: one.state_dict() for name, one in (more or {}).items()}
@@ -199,7 +200,7 @@ def load_state(checkpoint, optimizer, ref=None, more=None):
     checkpoint-0 is not intact.
     """
     first = checkpoint.with_name("checkpoint-0")
-    if ref is not None and checkpoint != first:
+    if isinstance(ref, torch.nn.Module) and checkpoint != first:  # not lora.Base, which has no weights of its own
         wrong = fault(first)
         if wrong:
             raise UserError(f"This run needs its initial weights as reference (--kl_coef, --teacher ref), but {wrong}: "

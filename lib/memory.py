@@ -176,7 +176,7 @@ def offloaded(policy):
 @contextlib.contextmanager
 def on_device(model, device):
     """Within the block the model's weights are on the device; what waits elsewhere returns there."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, torch.nn.Module) else []  # not lora.Base's
     home = [tensor.data for tensor in tensors]
     try:
         for tensor in tensors:

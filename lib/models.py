@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from lib import lora
 from lib.checkpoints import checkpoints, fault
 from lib.folders import ROOT, is_run
 from lib.program import Diverged, UserError, describe
@@ -44,8 +45,9 @@ def is_bundled(model):
 
 # -------------------------------------------------------------------------------------------------------------- loading
 
-def read_model(path):
-    """tiny, a folder, or a name that transformers loads -> (model in fp32, tokenizer).
+def read_model(path, merge=True):
+    """tiny, a folder, or a name that transformers loads -> (model in fp32, tokenizer). An adapter's folder gives its
+    base model with the adapter merged into the weights; merge=False keeps it apart.
 
     Raises UserError if there is none, or if it cannot be trained as it is stored: quantised weights, missing or NaN
     ones, a tokenizer with ids beyond the embedding.
@@ -57,14 +59,14 @@ def read_model(path):
     parent = Path(path).parent
     looks_local = parent.is_dir() if parent != Path(".") else Path(path).exists()
     looks_local |= path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not (Path(path) / "config.json").is_file():
+    if looks_local and not (Path(path) / "config.json").is_file() and not lora.is_adapter(path):
         raise UserError(f"There is no model in {path!r} (no config.json): give tiny, a folder written by "
                         "save_pretrained, or a name such as Qwen/Qwen2.5-1.5B-Instruct.")
     wrong = fault(Path(path), ".safetensors") if (Path(path) / "run.json").is_file() else None
     if wrong:
         raise UserError(f"Could not load the model {path!r}: {wrong}. Take another checkpoint.")
     try:
-        model, tokenizer, loading = from_pretrained(path)
+        model, tokenizer, loading = from_pretrained(path) if not lora.is_adapter(path) else adapted(path, merge)
         size, ids = model.get_input_embeddings().num_embeddings, tokenizer.get_vocab().values()
         reset_settings(model)
     except UserError:
@@ -85,6 +87,16 @@ def read_model(path):
 UNSUPPORTED = {  # model type: a fault of transformers that a short trial does not see
     "youtu": "transformers sets the embedding of the padding token of a Youtu model to 0 whenever it loads one",
     "moshi": "transformers loses the window of Moshi's attention where rows are padded and cached"}
+
+
+def adapted(folder, merge):
+    """`from_pretrained` of an adapter's folder; the tokenizer is that beside the adapter, if there is one."""
+    base = lora.base_of(folder)
+    model, tokenizer, loading = from_pretrained(str(TINY) if base == "tiny" else base)
+    if (Path(folder) / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return lora.load(model, folder, merge), tokenizer, loading
 
 
 def from_pretrained(path):
@@ -348,6 +360,13 @@ def fast_copy(model, alone=True):
     if id(head.weight) in embedded:  # tied: the embedding stays fp32
         fast.get_output_embeddings().weight = torch.nn.Parameter(head.weight.detach().bfloat16(), False)
     return fast.requires_grad_(False) if alone else fast
+
+
+def reference(model, autocast):
+    """The initial weights, frozen: a copy, or beside an adapter the model itself with the adapter off."""
+    if lora.has_adapter(model):
+        return lora.Base(model, decoder(model))
+    return fast_copy(model) if autocast else copy.deepcopy(model).requires_grad_(False)
 
 
 def matrices(model):

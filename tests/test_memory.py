@@ -102,7 +102,8 @@ def test_weights_that_wait_elsewhere_are_on_the_device_within_the_block_alone():
 
 
 @pytest.mark.parametrize("changes, culprit", [
-    ({"device": "cpu"}, "on a CPU all models are in host memory"), ({"kl_coef": 0.0}, "there is no reference model")])
+    ({"device": "cpu"}, "on a CPU all models are in host memory"), ({"kl_coef": 0.0}, "there is no reference model"),
+    ({"lora_rank": 4}, "there is no reference model")])
 def test_offloading_that_would_do_nothing_is_refused(changes, culprit):
     device = lambda name: types.SimpleNamespace(type="cpu" if name == "cpu" else "x")
     with patch.object(models, "choose_device", device):
