@@ -246,8 +246,7 @@ class Config:
     lr_schedule: str = option("constant", "after the warm-up; linear: to 0 at the end", choices=("constant", "linear"))
     weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = option(1.0, "gradient norm clip", above=0)
-    micro_tokens: int = option(4096, "student tokens per micro-batch, with padding; auto: as many as fit on the GPU",
-                               at_least=0, resume=True, words={"auto": 0})
+    micro_tokens: int = option(4096, "padded tokens per micro-batch, or auto", at_least=0, resume=True, words={"auto": 0})
     recompute: bool = option(False, "gradient checkpointing: updates are slower and need less memory", resume=True)
     offload_reference: bool = option(False, "the reference model waits in host memory, not on the GPU", resume=True)
     seed: int = option(0, "seed of sampling and task order", at_least=-2**40, at_most=2**40)
@@ -1057,9 +1056,8 @@ def optimizer_step(model, optimizer, lr, cfg, metrics):
 
 
 def make_optimizer(model, cfg):
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    fused = trained[0].is_cuda or None  # unfused, a step on a GPU takes as much memory again as the weights
-    return torch.optim.AdamW(trained, cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    trained = [w for w in model.parameters() if w.requires_grad]  # unfused, a step on a GPU takes their memory again
+    return torch.optim.AdamW(trained, cfg.lr, weight_decay=cfg.weight_decay, fused=trained[0].is_cuda or None)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
