@@ -246,7 +246,8 @@ class Config:
     lr_schedule: str = option("constant", "after the warm-up; linear: to 0 at the end", choices=("constant", "linear"))
     weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = option(1.0, "gradient norm clip", above=0)
-    micro_tokens: int = option(4096, "padded tokens per micro-batch, or auto", at_least=0, resume=True, words={"auto": 0})
+    micro_tokens: int = option(4096, "student tokens per micro-batch, with padding; auto: as many as fit on the GPU",
+                               at_least=0, resume=True, words={"auto": 0})
     recompute: bool = option(False, "gradient checkpointing: updates are slower and need less memory", resume=True)
     offload_reference: bool = option(False, "the reference model waits in host memory, not on the GPU", resume=True)
     seed: int = option(0, "seed of sampling and task order", at_least=-2**40, at_most=2**40)
