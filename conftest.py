@@ -95,7 +95,7 @@ def flags(model_folder, folder, **changes):
     """The command line of a run of four short steps; a change to None leaves a flag out."""
     values = {"model": model_folder, "out": folder, "tasks": 2, "group_size": 2, "max_turns": 3,
               "max_response_tokens": 6, "max_prompt_tokens": 600, "lr": 0.01, "eval_every": 2, "eval_tasks": 2,
-              "save_every": 1, "steps": 4, "threads": 1} | changes
+              "save_every": 1, "steps": 4, "threads": 1, "prompt": "short"} | changes
     return [text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))]
 
 

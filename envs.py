@@ -4,7 +4,7 @@
 truncated, info). A task is a pure function of (data, split, task_id). Every `info` has `task` (the instruction),
 `task_id`, `task_type`, `admissible` (actions that would do something now; None where any text may be written), `valid`
 (whether the last action did something), `won` and `score`. Nothing random is drawn outside the environment's own
-generators. For each environment there follow its prompt, its parser, its rules and its class.
+generators. For each environment there follow its prompts, its parser, its rules and its class.
 """
 import functools
 import json
@@ -45,13 +45,7 @@ from lib.official import (
     place_of,
     question_files,
 )
-from lib.retrieval import (
-    HITS,
-    Retriever,
-    bm25,
-    corpus_search,
-    read_corpus,
-)
+from lib.retrieval import HITS, Retriever, bm25, corpus_search, read_corpus
 from lib.server import main
 from lib.spaces import AnyText
 
@@ -146,6 +140,28 @@ def last_steps(history, shown):
     return ["Last steps:", *lines] if lines else []
 
 
+def full_prompt(context, skills, official, *, rules, show, now, actions, how, example):
+    """The user message of one turn for an instruct model: rules, skills, task, last steps, this step, how to answer.
+
+    context: an `sdar.Context`. rules: the role in one line, then the rules. show: an earlier observation -> its text,
+    "" to leave it out; now: that of the current one. actions: the possible ones. how: to act. example: of an answer.
+    official: what the released prompts tell, in their order: no rules, no number of turns left, no example.
+    """
+    turn, past = context.turn, context.history
+    steps = [f"Steps taken so far: {turn - 1}" + f" (the last {len(past)} shown)" * bool(past)] * (turn > 1)
+    for number, (seen, action) in enumerate(past, turn - len(past)):
+        steps += [f"Observation {number}:\n{show(seen)}"] * bool(show(seen))
+        steps += [f"Action {number}: {action or '(none, since the answer did not keep the format)'}"]
+    limit = "" if official else f" of at most {context.max_turns}; steps left after it: {context.max_turns - turn}"
+    return "\n\n".join(filter(None, [
+        rules.partition("\n")[0] if official else rules, skills and f"Advice for such tasks:\n{skills.strip()}",
+        f"Task: {context.task}", "\n".join(steps), f"This is step {turn}{limit}.",
+        now and f"Observation {turn}:\n{now}", actions and "\n".join(["Possible actions:", *actions]),
+        "First reason step by step inside <think> </think>: what the task still needs, what you know by now, and what "
+        f"to do next. Then {how}. Write nothing else.",
+        "" if official else f"Your answer must have the form of this example from another task:\n{example}"]))
+
+
 def read_answer(text, kinds, tags):
     """An answer -> (kind, what it says) if it is one closed thought, then one block <kind>..</kind>, and nothing else.
 
@@ -180,6 +196,13 @@ def parse_tagged(text, tail, official):
 NOT_BUTTONS = str.maketrans("[]", "()")  # brackets of a title, which nobody can click
 
 
+def page_texts(observation):
+    """The visible texts of a page, joined by " [SEP] " in an observation, without the task that stands above them."""
+    parts = observation.split(" [SEP] ")
+    parts = parts[parts[0] == "WebShop":]
+    return parts[2 if parts[:1] == ["Instruction:"] else 0:]
+
+
 def webshop_page(observation, admissible):
     """A page as short lines: what can be clicked, alone, stands in brackets; the task, shown elsewhere, is left out.
 
@@ -195,11 +218,7 @@ def webshop_page(observation, admissible):
     """
     labels = {item.removeprefix("click[").removesuffix("]") if item.startswith("click[") else item
               for item in admissible}
-    parts = observation.split(" [SEP] ")
-    if parts[0] == "WebShop":
-        parts = parts[1:]
-    if parts[:1] == ["Instruction:"]:
-        parts = parts[2:]
+    parts = page_texts(observation)
     kinds = ["text" if part.lower() not in labels else "button" if part.lower() in BUTTONS else "link"
              for part in parts]
     on_results = "next >" in labels
@@ -229,6 +248,31 @@ def webshop_prompt(task, history, observation, admissible, skills=""):
         "Page:", webshop_page(observation, admissible), f"Task: {task}",
         "Think in <think> </think>, then act in <action> </action>: search[words], or click[label] with a label in "
         "brackets."])
+
+
+ACT = "give exactly one of the possible actions inside <action> </action>"
+WEBSHOP_EXAMPLE = "<think>The second one fits and 45 is below 60: I open it.</think>\n<action>click[b01abcdef]</action>"
+WEBSHOP_RULES = """You are shopping in an online store: find a product that is all the task asks for, and buy it.
+- search[words] lists the products that fit the words best, at most 50, ten per page. It can be done on every page.
+- click[label] presses what stands in [brackets] on the page: the id of a product opens it, a value beside the name of \
+an option chooses it, description and features tell more, next > turns the page, and < prev goes back.
+- Of each option one value can be chosen. The page does not show which one is, and a new list of products forgets it.
+- click[buy now] buys the open product as chosen and ends the task. Kind, features, options and price must all fit.
+- Any other action changes nothing and costs a step."""
+MOST_LISTED = 40  # actions; for the others, the brackets on the page have to do
+
+
+def webshop_full_prompt(context, skills="", official=False):
+    """`full_prompt` in the shop. Earlier pages, and the current one with official, are their texts in a row."""
+    show = lambda seen: (" [SEP] " if official else " | ").join(page_texts(seen))
+    actions = list(context.admissible)
+    if official:  # a search is offered where there is a search bar
+        actions = actions[not context.observation.startswith("WebShop"):]
+    elif len(actions) > MOST_LISTED:
+        actions[MOST_LISTED:] = ["click[any other label in brackets on the page]"]
+    now = show(context.observation) if official else webshop_page(context.observation, context.admissible)
+    return full_prompt(context, skills, official, rules=WEBSHOP_RULES, show=show, now=now, actions=actions, how=ACT,
+                       example=WEBSHOP_EXAMPLE)
 
 
 def parse_webshop(text, *, official=False):
@@ -704,6 +748,23 @@ def alfworld_prompt(task, history, observation, admissible, skills=""):
         "Think in <think> </think>, then act in <action> </action>: one of the commands."])
 
 
+ALFWORLD_EXAMPLE = "<think>The fork is clean now and has to go into a drawer.</think>\n<action>go to drawer 2</action>"
+ALFWORLD_RULES = """You are doing a household task in a room with numbered places, such as fridge 1, and objects.
+- You are at one place at a time. "go to" leads to a place and shows what is there; a closed place must be opened first.
+- You can hold one object: take it from where it lies, then put it down at another place.
+- To heat, cool or clean an object, hold it and be at a microwave, fridge or sinkbasin, which may stay closed.
+- "use" turns on a lamp at the place where you are.
+- Any action that is not listed as possible does nothing and costs a step.
+- The episode ends by itself as soon as the task is done."""
+
+
+def alfworld_full_prompt(context, skills="", official=False):
+    """`full_prompt` in the house, with every possible command except "help"."""
+    return full_prompt(context, skills, official, rules=ALFWORLD_RULES, show=alfworld_scene, how=ACT,
+                       now=alfworld_scene(context.observation), example=ALFWORLD_EXAMPLE,
+                       actions=[command for command in context.admissible if command != "help"])
+
+
 def parse_alfworld(text, *, official=False):
     """Splits an answer into the action, lower-cased, and whether the answer keeps the format.
 
@@ -1017,6 +1078,34 @@ def search_prompt(task, history, observation, admissible, skills=""):
         "Think in <think> </think>, then act: <search> words </search>, or <answer> short answer </answer>."])
 
 
+SEARCH_EXAMPLE = "<think>First I need the country where the Nile ends.</think>\n<search> mouth of the Nile </search>"
+SEARCH_RULES = """You are answering a question with the help of a search engine over an encyclopedia.
+- A step is one search or the answer. A search shows the few passages that fit its words best.
+- The answer ends the task. It has to be an accepted answer word for word (capitals, punctuation and a, an, the do not \
+count): give the bare name, date or number, or yes or no.
+- The last step must be the answer."""
+
+
+def passages(observation):
+    """What a search found, as text: without JSON and its escapes (one may be torn where the middle of a long text was
+    cut out), and with a space in a document's tag, so that it is none."""
+    text = observation.strip()
+    if text.startswith("<information>"):
+        text = re.sub(r'^<information>({"result": ")?|("})?(</information>)?$', "", text)
+        text = re.sub(r"(\\u[0-9a-f]{4})+|\\[^u ]", lambda escape: json.loads(f'"{escape[0]}"'), text)
+    return re.sub(rf"(?ai)<(?=/?({'|'.join(SEARCH_TAGS)})>)", "< ", text).strip()
+
+
+def search_full_prompt(context, skills="", official=False):
+    """`full_prompt` for a question. What the agent wrote is shown as the parser reads it, as in `search_prompt`."""
+    show = lambda seen: "" if seen == context.task else passages(seen)
+    history = [(seen, parse_search(f"<think></think>{action}")[0]) for seen, action in context.history]
+    return full_prompt(
+        context._replace(history=history), skills, official, rules=SEARCH_RULES, show=show, actions=(),
+        now=show(context.observation), example=SEARCH_EXAMPLE, how="either search for what you do not know yet, "
+        "<search> words </search>, or, once you know enough, answer, <answer> short answer </answer>")
+
+
 def tagged_blocks(text, tag):
     """The texts between <tag> and </tag>, with single spaces, in order."""
     found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL | re.IGNORECASE | re.ASCII)
@@ -1207,6 +1296,8 @@ ENVIRONMENTS = {"webshop": WebShop, "alfworld": ALFWorld, "search": SearchQA}
 MAX_TURNS = {"webshop": WEBSHOP_MAX_STEPS, "alfworld": ALFWORLD_MAX_STEPS, "search": SEARCH_MAX_TURNS}
 # (task, history, observation, admissible, skills) -> the user message of a turn
 PROMPTS = {"webshop": webshop_prompt, "alfworld": alfworld_prompt, "search": search_prompt}
+# (sdar.Context, skills, official) -> the same for a model that is not cut to these environments
+FULL_PROMPTS = {"webshop": webshop_full_prompt, "alfworld": alfworld_full_prompt, "search": search_full_prompt}
 # (observation, admissible) -> the observation as that message has it
 READABLE = {"webshop": webshop_page, "alfworld": lambda observation, admissible: alfworld_scene(observation),
             "search": lambda observation, admissible: observation.strip()}

@@ -52,7 +52,7 @@ from lib.viewer import write_page
 # ------------------------------------------------------------------------------------------------------- one evaluation
 
 # Settings of sdar.Config that decide an episode, and all that are flags here under the same names.
-SETTINGS = ("env", "data", "human_goals", "retriever", "skills", "retrieval", "max_turns", "history",
+SETTINGS = ("env", "data", "human_goals", "retriever", "skills", "retrieval", "max_turns", "history", "prompt",
             "history_observations", "max_prompt_tokens", "max_response_tokens", "check_admissible", "seed", "dtype")
 SAMPLING = ("eval_split", "eval_tasks", "eval_temperature")  # flags with names of their own here
 FLAGS = (*SETTINGS, *SAMPLING, "env_timeout", "rollout_batch", "device", "threads")
@@ -183,7 +183,7 @@ def facts(result):
     """What a result is of, {name: value}; of a checkpoint of a run the training settings, too."""
     run = result.get("run") or {}
     return ({name: result.get(name) for name in ("model", "endpoint", "evaluation_set", "conditions")}
-            | result["sampling"] | {name: result["config"].get(name) for name in SETTINGS}
+            | result["sampling"] | {name: result["config"].get(name, sdar.FIELDS[name].default) for name in SETTINGS}
             | {f"training {name}": run[name] for name in TRAINING if name in run})
 
 

@@ -179,6 +179,8 @@ class Config:
     env_timeout: float = option(60.0, "seconds that an environment may take, 0: any time", at_least=0, resume=True)
     history: int = option(2, "earlier turns shown in a prompt", at_least=0)
     history_observations: bool = option(True, "show the observations of earlier turns, not only the actions")
+    prompt: str = option("short", "a few lines, cut to the bundled model, or rules, progress, possible actions and an "
+                         "example too; the skills beside it are of the same style", choices=("short", "full"))
     reward: str = option("won", "return of an episode: 10 if won, or 10 x the graded score", choices=("won", "score"))
     model: str = option("tiny", "tiny (the bundled model), a folder, or a name that transformers loads", group="model")
     lora_rank: int = option(0, "train an adapter of this rank beside frozen weights (LoRA; take 10 times the --lr), 0: "
@@ -270,17 +272,18 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 # A default comes from the last of three places that has one: Config, ENV_DEFAULTS, and TINY_DEFAULTS for the bundled
 # model. Then a preset, a method and what the user says override it, in this order.
 
-ENV_DEFAULTS = {  # where the paper's values for an environment differ from those for WebShop
-    "webshop": {},
-    "alfworld": {"max_turns": envs.MAX_TURNS["alfworld"], "max_prompt_tokens": 2048, "eval_split": "valid_unseen"},
-    "search": {"max_turns": envs.MAX_TURNS["search"], "history": 4, "tasks": 128, "kl_coef": 0.001,
+ENV_DEFAULTS = {  # where the paper's values for an environment differ from those for WebShop, and a real model's prompt
+    "webshop": {"prompt": "full"},
+    "alfworld": {"max_turns": envs.MAX_TURNS["alfworld"], "prompt": "full", "max_prompt_tokens": 2048,
+                 "eval_split": "valid_unseen"},
+    "search": {"max_turns": envs.MAX_TURNS["search"], "history": 4, "prompt": "full", "tasks": 128, "kl_coef": 0.001,
                "invalid_penalty": 0.01, "warmup": 15}}
 
 # What a model of a million parameters needs instead of the paper's values, which are for billions. WebShop's expert is
 # done in 5 turns. With 15, sampling at T=1 escapes every loop before the limit, so that nothing penalises loops and
 # greedy play gets stuck in them.
-SMALL = {"max_turns": 8, "history_observations": False, "tasks": 8, "steps": 30, "lr": 4e-4, "lr_schedule": "linear",
-         "warmup": 3, "kl_coef": 0.0, "max_prompt_tokens": 512, "max_response_tokens": 32}
+SMALL = {"max_turns": 8, "history_observations": False, "prompt": "short", "tasks": 8, "steps": 30, "lr": 4e-4,
+         "lr_schedule": "linear", "warmup": 3, "kl_coef": 0.0, "max_prompt_tokens": 512, "max_response_tokens": 32}
 TINY_DEFAULTS = {
     "webshop": SMALL,
     "alfworld": SMALL | {"max_turns": 24, "tasks": 4, "steps": 20},
@@ -413,13 +416,16 @@ class Context(NamedTuple):
     history: tuple  # of (observation, action), oldest first
     observation: str
     admissible: tuple
+    turn: int = 1  # its number
+    max_turns: int = 1  # of the episode
 
 
 def turn_context(cfg, info, observation, past=()):
     """The context of an observation; past: all earlier (observation, action) pairs, of which the last are shown."""
     shown = past[-cfg.history:] if cfg.history else ()
     history = tuple((seen if cfg.history_observations else "", action) for seen, action in shown)
-    return Context(info["task"], info["task_type"], history, observation, tuple(info["admissible"] or ()))
+    return Context(info["task"], info["task_type"], history, observation, tuple(info["admissible"] or ()),
+                   len(past) + 1, cfg.max_turns)
 
 
 FOREIGN = {"webshop": "search"}  # environments whose skills inform nothing here; elsewhere WebShop's
@@ -429,6 +435,7 @@ def load_skills(cfg, task_types):
     """-> {task type: text}, which cfg.retrieval chooses from. Raises UserError if a file is missing."""
     control = cfg.skills if cfg.skills in CONTROLS else None
     own = folders.ROOT / "data" / "skills" / (FOREIGN.get(cfg.env, "webshop") if control == "foreign" else cfg.env)
+    own = own / "full" if cfg.prompt == "full" else own
     return library(cfg.skills if cfg.skills and not control else own, task_types, cfg.retrieval, control)
 
 
@@ -439,6 +446,9 @@ def skill_text(skills, episode):
 
 
 def render(cfg, context, skills=""):
+    """The text of a turn's user message."""
+    if cfg.prompt == "full":
+        return envs.FULL_PROMPTS[cfg.env](context, skills, official=cfg.preset == "official")
     return envs.PROMPTS[cfg.env](context.task, context.history, context.observation, context.admissible, skills)
 
 

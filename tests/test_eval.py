@@ -414,7 +414,7 @@ def test_a_served_model_is_evaluated_and_episodes_without_an_answer_are_counted(
     bodies = [body for path, key, body in stub.seen if (path, key) == ("/v1/chat/completions", "Bearer sk-secret")][1:]
     assert [(b["model"], b["temperature"], b["max_tokens"]) for b in bodies] == [("some/model", 0.4, 512)] * 12
     assert len({body["seed"] for body in bodies}) == 6  # of task and turn, the same in both conditions
-    skill = read_skills(folders.ROOT / "data/skills/webshop", envs.make("webshop").task_types)[0]
+    skill = read_skills(folders.ROOT / "data/skills/webshop/full", envs.make("webshop").task_types)[0]
     assert [skill in body["messages"][0]["content"] for body in bodies] == [False] * 6 + [True] * 6
     assert evaluation.main(["--show", str(out)]) == 0 and capsys.readouterr().out.count("it fits") == 12
     stub.script = [stub.reply, (400, "prompt too long", {})]

@@ -15,8 +15,8 @@ MAY_IMPORT = {"lib": {"lib"}, "kernels": set(), "envs": {"lib"}, "sdar": {"lib",
               "eval": {"lib", "kernels", "envs", "sdar"}, "tools": {"lib", "kernels", "envs", "sdar", "eval", "tools"},
               "recipes": {"sdar"}}
 FILES = sorted(path for name in MAY_IMPORT for path in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py")])
-AT_MOST = {"sdar.py": 1200, "kernels.py": 830, "envs.py": 1250, "eval.py": 350, "test_sdar.py": 700, "README.md": 190,
-           "lib/baselines.py": 350}
+AT_MOST = {"sdar.py": 1250, "kernels.py": 830, "envs.py": 1330, "eval.py": 350, "test_sdar.py": 700, "README.md": 190,
+           "lib/baselines.py": 350, "lib/parallel.py": 200, "lib/vllm_engine.py": 200}
 
 
 def imported(path):
@@ -56,7 +56,7 @@ def test_no_file_imports_itself_through_others():
 def test_what_is_meant_to_be_read_stays_small():
     lines = lambda path: len(path.read_text().splitlines())
     assert {name: lines(ROOT / name) for name, most in AT_MOST.items() if lines(ROOT / name) > most} == {}
-    assert sum(map(lines, [*ROOT.glob("test_*.py"), *ROOT.glob("tests/*.py")])) <= 5500
+    assert sum(map(lines, [*ROOT.glob("test_*.py"), *ROOT.glob("tests/*.py")])) <= 6800
 
 
 def test_every_warning_is_a_warning_of_python_which_one_place_prints():

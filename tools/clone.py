@@ -47,7 +47,7 @@ class CloneConfig(sdar.Config):
 
 FLAGS = ("env", "data", "model", "device", "dtype", "threads", "history", "history_observations", "max_prompt_tokens",
          "retrieval", "skills", "steps", "lr", "tokens", "weak", "weight_decay", "max_grad_norm", "micro_tokens",
-         "recompute", "seed", "out", "save_every", "keep", "report_to")
+         "recompute", "seed", "out", "save_every", "keep", "report_to", "prompt")
 SETTINGS = "clone.json"
 FOR_TINY = {"lr": 3e-3, "tokens": 6144}
 
