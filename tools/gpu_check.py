@@ -189,7 +189,7 @@ def make_policy(machine, cfg):
 
 
 def config(machine, **changes):
-    small = {"model": "random", "device": machine.device, "dtype": machine.dtype, "eval_every": 0, "lr": 1e-6,
+    small = {"model": "random", "device": machine.device, "dtype": machine.dtype, "eval_every": 0, "prompt": "short",
              "max_prompt_tokens": max(machine.prompt, 512), "max_response_tokens": machine.response}
     return sdar.make_config(small | changes)
 
