@@ -55,8 +55,8 @@ from lib.viewer import write_page
 SETTINGS = ("env", "data", "human_goals", "retriever", "skills", "retrieval", "max_turns", "history", "prompt",
             "history_observations", "max_prompt_tokens", "max_response_tokens", "check_admissible", "seed", "dtype")
 SAMPLING = ("eval_split", "eval_tasks", "eval_temperature")  # flags with names of their own here
-FLAGS = (*SETTINGS, *SAMPLING, "env_timeout", "rollout_batch", "device", "threads")
-LOCAL = ("device", "dtype", "threads", "max_prompt_tokens")  # what a server decides
+FLAGS = (*SETTINGS, *SAMPLING, "env_timeout", "rollout_batch", "device", "threads", "engine")
+LOCAL = ("device", "dtype", "threads", "engine", "max_prompt_tokens")  # what a server decides
 # Settings of a training run that tell it apart from others, its seed aside.
 TRAINING = [name for name in sorted(sdar.FIELDS.keys() - {*SETTINGS, *changeable(sdar.Config), "out"})
             if not name.startswith("eval_")] + ["step"]
@@ -144,6 +144,8 @@ def evaluate(model, options):
     free_to_write(out, settings)
     skills = sdar.load_skills(cfg, env.task_types)
     player = server or sdar.load_policy(dataclasses.replace(cfg, kl_coef=0.0, teacher="none"), skills)  # no reference
+    if not server:
+        sdar.start_vllm(player, cfg, skills)
     environments = [env] + [sdar.make_env(cfg) for _ in tasks[1:]]
     print(headline(settings), flush=True)
     played = {name: play(player, cfg, environments, tasks, repeats, skills if name == "with" else None, name)

@@ -49,7 +49,7 @@ from typing import NamedTuple
 import lib  # noqa: F401  before torch: it sets how torch's idle threads wait
 import envs
 import kernels
-from lib import agreement, folders, health, hindsight, lora, memory, models, progress, runs
+from lib import agreement, folders, health, hindsight, lora, memory, models, progress, runs, vllm_engine
 from lib.analyser import RULES
 from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
 from lib.engine import Response, TorchEngine, respond
@@ -194,6 +194,8 @@ class Config:
     temperature: float = option(1.0, "sampling temperature in training; log-probs use it too", at_least=1e-12)
     max_prompt_tokens: int = option(4096, "limit of a prompt; skills come on top of it", at_least=1, resume=True)
     max_response_tokens: int = option(512, "limit of a response", at_least=1, resume=True)
+    engine: str = option("auto", "what generates responses: a loop of our own (torch), or vLLM; auto: vLLM on CUDA "
+                         "where it is installed", choices=("auto", "torch", "vllm"), resume=True)
     rollout_batch: int = option(128, "responses generated side by side", at_least=1, resume=True)
     method: str = option("sdar", "implies settings below (README)", group="algorithm", choices=tuple(METHODS))
     preset: str = option("none", "official: as the released code does it (README)", choices=("none", "official"))
@@ -496,6 +498,7 @@ class Policy:
     packs: bool = True  # whether siblings may be packed into one sequence
     fused_error: float = 0.0  # largest difference between the trainer's log-probs and the model's own, in a trial
     rounded: torch.nn.Module | None = None  # under autocast, a copy whose matrices are bf16
+    vllm: vllm_engine.VLLM | None = None
 
     @property
     def fast(self):
@@ -505,10 +508,16 @@ class Policy:
     def refresh(self):
         """Gives `fast` the weights that an optimiser step has changed."""
         models.refresh(self.fast, self.model)
+        if self.vllm:
+            self.vllm.stale = True
+
+    def weights(self):
+        """(name, tensor) of each weight, whole and under the model's own name, for an engine with a copy of its own."""
+        return lora.merged_weights(self.fast) if lora.has_adapter(self.fast) else self.fast.named_parameters()
 
     def engine(self, cfg, temperature):
         """What generates responses (lib/engine.py); temperature 0 is greedy."""
-        return TorchEngine(self, cfg, temperature)
+        return (vllm_engine.VLLMEngine if self.vllm else TorchEngine)(self, cfg, temperature)
 
 
 def load_policy(cfg, skills=None):
@@ -543,6 +552,20 @@ def make_policy(model, tokenizer, cfg, skills=None):
     return memory.offloaded(policy) if cfg.offload_reference else policy
 
 
+def start_vllm(policy, cfg, skills=None):
+    """From now on vLLM generates the policy's responses, if that is what cfg.engine means here."""
+    if vllm_engine.is_chosen(cfg.engine, policy.device):
+        policy.vllm = vllm_engine.VLLM(policy, cfg, longest_sequence(policy.chat, cfg, skills))
+
+
+def longest_sequence(chat, cfg, skills=None):
+    """Tokens of the longest prompt, with any of these skills in it, and its response that the settings allow."""
+    bare = Context("", "", (), "", ())
+    lengths = [len(chat.prompt(render(cfg, bare, text))) for text in ("", *(skills or {}).values())]
+    response = max(cfg.max_response_tokens, hindsight.MAX_TOKENS if cfg.analyser == "policy" else 0)
+    return cfg.max_prompt_tokens + max(lengths) - lengths[0] + response
+
+
 def check_model(policy, cfg, skills=None):
     """agreement.check_model with this file's sampler and trainer."""
     def try_sampling(policy, prompts, tokens, temperature):
@@ -555,9 +578,7 @@ def check_model(policy, cfg, skills=None):
         inputs = head_inputs(policy, policy.model, batch)
         return kernels.fused_logprob(*inputs, batch.targets, temperature=temperature)[0]
 
-    bare = Context("", "", (), "", ())
-    lengths = [len(policy.chat.prompt(render(cfg, bare, text))) for text in ("", *(skills or {}).values())]
-    longest = cfg.max_prompt_tokens + max(lengths) - lengths[0] + cfg.max_response_tokens
+    longest = longest_sequence(policy.chat, cfg, skills)
     return agreement.check_model(policy, cfg.model, longest, try_sampling, try_training)
 
 
@@ -1018,6 +1039,8 @@ def train_step(policy, optimizer, rows, cfg, step):
     Every denominator is the number of response tokens of a whole optimiser step, whatever the micro-batches.
     """
     cfg = scheduled(cfg, step)
+    if policy.vllm:
+        policy.vllm.sleep()
     frozen = frozen_logp(policy, rows, cfg)
     if cfg.updates > 1:
         rows = random.Random(f"{cfg.seed} {step}").sample(rows, len(rows))
@@ -1086,6 +1109,7 @@ def train(cfg, folder=None, checkpoint=None):
     skills = load_skills(cfg, env.task_types)
     policy = load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg, skills)
     check_prompt_limit(policy, cfg, env)
+    start_vllm(policy, cfg, skills)
     cfg.micro_tokens = cfg.micro_tokens or memory.choose_micro_tokens(cfg, policy)
     optimizer = make_optimizer(policy.model, cfg)
     more = {"skills": skills} | ({"ema": policy.ema} if policy.ema else {})  # with a state of its own in checkpoints

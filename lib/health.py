@@ -24,7 +24,7 @@ def forecast(cfg, folder, policy):
     lines = [f"\n{size / 1e6:,.1f} million parameters; memory at most about {gigabytes(most)}, with micro-batches of "
              f"{cfg.micro_tokens} tokens:"]
     for phase, some in parts.items():
-        lines.append(f"  {phase:9}" + ", ".join(f"{name} {gigabytes(part)}" for name, part in some.items()))
+        lines.append(f"  {phase:9}" + (", ".join(f"{name} {gigabytes(part)}" for name, part in some.items()) or "-"))
     lines.append(f"disk {gigabytes(disk)} per checkpoint, {gigabytes(files)} in all with --keep {cfg.keep}, of "
                  f"{gigabytes(free)} free")
     if most > there:

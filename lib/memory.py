@@ -53,7 +53,7 @@ def predict(cfg, policy):
     """Bytes of a run by phase and part: {"always" | "sampling" | "scoring" | "update": {part: bytes}}.
 
     What the settings allow at most: prompts and responses at their limits, full micro-batches of siblings. Of policy it
-    reads model, fast, ref, ema, autocast and device; the models may be on the meta device.
+    reads model, fast, ref, ema, vllm, autocast and device; the models may be on the meta device.
     """
     shape, trained = shape_of(policy.model), 4 * sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     siblings = most_siblings(cfg)
@@ -75,7 +75,16 @@ def predict(cfg, policy):
                                          if matrix.dtype == torch.float32)
     if cfg.updates > 1:
         update["copy to undo a step"] = bytes_of(policy.model) + 2 * trained
-    return {"always": always, "sampling": sampling(cfg, shape, policy), "scoring": scoring, "update": update}
+    generating = sampling(cfg, shape, policy) if policy.vllm is None else {}
+    if policy.vllm is not None:
+        (always if policy.vllm.stays_awake else generating)["vLLM"] = vllm_bytes(policy)
+    return {"always": always, "sampling": generating, "scoring": scoring, "update": update}
+
+
+def vllm_bytes(policy):
+    """Bytes of vLLM's weights, in the dtype of computing, and of its cache."""
+    each = 2 if policy.autocast else 4
+    return policy.vllm.cache_bytes + each * sum(p.numel() for p in policy.model.parameters())
 
 
 def peak(parts):
@@ -156,13 +165,19 @@ def sampling(cfg, shape, policy):
 # ------------------------------------------------------------------------------------------------ what follows from it
 
 def choose_micro_tokens(cfg, policy):
-    """What --micro_tokens auto stands for: on a GPU the largest of MICRO_TOKENS with which the run fits into what this
-    process has or could have, at least the first of them; elsewhere the default."""
+    """What --micro_tokens auto stands for: on a GPU the largest of MICRO_TOKENS for which what is not there yet, beside
+    the models and vLLM, fits into what is free; at least the first of them. Elsewhere the default."""
     if policy.device.type != "cuda":
         return type(cfg)().micro_tokens
-    free, _ = torch.cuda.mem_get_info(policy.device)
-    room = USABLE * (free + torch.cuda.memory_reserved(policy.device))
-    fitting = [size for size in MICRO_TOKENS if peak(predict(replace(cfg, micro_tokens=size), policy)) <= room]
+    unused = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
+    room = USABLE * (torch.cuda.mem_get_info(policy.device)[0] + unused)
+
+    def missing(size):
+        parts = predict(replace(cfg, micro_tokens=size), policy)
+        there = sum(parts["always"].values()) - parts["always"]["AdamW"] + parts["sampling"].get("vLLM", 0)
+        return peak(parts) - there
+
+    fitting = [size for size in MICRO_TOKENS if missing(size) <= room]
     return max(fitting, default=MICRO_TOKENS[0])
 
 

@@ -62,18 +62,27 @@ def test_bounds_of_the_kernels_are_those_that_predictions_use():
 
 @contextlib.contextmanager
 def gpu_with(gigabytes):
+    """With so much free, of which torch holds one."""
     with patch.object(torch.cuda, "mem_get_info", lambda _: (gigabytes * 1e9 - 1e9, 0)), \
-            patch.object(torch.cuda, "memory_reserved", lambda _: 1e9):
+            patch.object(torch.cuda, "memory_reserved", lambda _: 9e9), \
+            patch.object(torch.cuda, "memory_allocated", lambda _: 8e9):
         yield
 
 
 def test_auto_takes_the_largest_micro_batch_that_fits_on_the_gpu_and_the_default_on_a_cpu(policy):
     cfg, on_gpu = tool.config(micro_tokens=0), tool.on_paper("Qwen2.5-1.5B", 0)
-    need = lambda size: memory.peak(memory.predict(dataclasses.replace(cfg, micro_tokens=size), on_gpu))
-    with gpu_with(80):
-        chosen = memory.choose_micro_tokens(cfg, on_gpu)
-    assert chosen > 4096 and need(chosen) <= memory.USABLE * 80e9 < need(chosen + 1024)
-    with gpu_with(24):
+    predict = lambda size: memory.predict(dataclasses.replace(cfg, micro_tokens=size), on_gpu)
+    there = sum(predict(0)["always"].values()) - predict(0)["always"]["AdamW"]
+    for vllm in None, types.SimpleNamespace(cache_bytes=9e9, stays_awake=True):
+        on_gpu.vllm, there = vllm, there + (9e9 + 2 * 1543.7e6 if vllm else 0)
+        with gpu_with(70):
+            chosen = memory.choose_micro_tokens(cfg, on_gpu)
+        need = [memory.peak(predict(size)) - there for size in (chosen, chosen + 1024)]
+        assert chosen > 4096 and need[0] < memory.USABLE * 70e9 < need[1]
+        assert ("cache" in predict(0)["sampling"]) == (vllm is None)
+    on_gpu.vllm.stays_awake = False
+    assert predict(0)["sampling"] == {"vLLM": memory.vllm_bytes(on_gpu)} and "vLLM" not in predict(0)["always"]
+    with gpu_with(5):
         assert memory.choose_micro_tokens(cfg, on_gpu) == memory.MICRO_TOKENS[0]
     assert memory.choose_micro_tokens(cfg, policy) == 4096
 

@@ -168,6 +168,7 @@ def clone_step(policy, optimizer, cfg, lessons, step):
         total -= logp.detach()[weight == 1].sum().item() / num_tokens
     lr = cfg.lr * min(1, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * step / cfg.steps))
     norm = sdar.optimizer_step(policy.model, optimizer, lr, cfg, {})
+    policy.refresh()
     return {"clone/loss": total, "clone/grad_norm": norm, "clone/tokens": count_tokens(lessons)}
 
 

@@ -210,7 +210,8 @@ def on_paper(name, rank):
             sizes = [sum(matrix.shape) for matrix in models.matrices(model)[:-1]]
             ref.adapter = torch.nn.Parameter(torch.empty(rank * sum(sizes)))
             model, fast, ref = ref, ref, None
-    return types.SimpleNamespace(model=model, fast=fast, ref=ref, ema=None, autocast=True, device=torch.device("cuda"))
+    return types.SimpleNamespace(model=model, fast=fast, ref=ref, ema=None, vllm=None, autocast=True,
+                                 device=torch.device("cuda"))
 
 
 def table():
