@@ -48,7 +48,7 @@ from typing import NamedTuple
 import lib  # noqa: F401  before torch: it sets how torch's idle threads wait
 import envs
 import kernels
-from lib import agreement, folders, health, hindsight, lora, models, parallel, progress, runs, vllm_engine
+from lib import agreement, folders, health, hindsight, lora, memory, models, parallel, progress, runs, vllm_engine
 from lib.analyser import RULES
 from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
 from lib.engine import Response, TorchEngine, respond
@@ -249,8 +249,10 @@ class Config:
     lr_schedule: str = option("constant", "after the warm-up; linear: to 0 at the end", choices=("constant", "linear"))
     weight_decay: float = option(0.01, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = option(1.0, "gradient norm clip", above=0)
-    micro_tokens: int = option(4096, "student tokens per micro-batch, with padding", at_least=1, resume=True)
+    micro_tokens: int = option(4096, "student tokens per micro-batch, with padding; auto: as many as fit on the GPU",
+                               at_least=0, resume=True, words={"auto": 0})
     recompute: bool = option(False, "gradient checkpointing: updates are slower and need less memory", resume=True)
+    offload_reference: bool = option(False, "the reference model waits in host memory, not on the GPU", resume=True)
     seed: int = option(0, "seed of sampling and task order", at_least=-2**40, at_most=2**40)
     eval_every: int = option(10, "steps between evaluations, 0: none", group="evaluation", at_least=0, resume=True)
     eval_split: str = option("val", "split of the evaluation set, or several; alfworld: valid_seen,valid_unseen")
@@ -388,6 +390,10 @@ def idle_settings(cfg):
         (not cfg.rlsd_mix, ("rlsd_clip", "rlsd_decay"), "--rlsd_mix is 0"),
         (cfg.analyser == "none", ("opid_episode_weight", "opid_step_weight"), "--analyser is none"),
         (cfg.updates == 1, ("clip", "dual_clip"), "with --updates 1 every ratio is 1"),
+        (cfg.lora_rank or not (cfg.kl_coef or cfg.teacher == "ref"), ("offload_reference",),
+         "there is no reference model with weights of its own"),
+        (cfg.offload_reference and models.choose_device(cfg.device).type == "cpu", ("offload_reference",),
+         "on a CPU all models are in host memory"),
         (cfg.history == 0, ("history_observations",), "--history 0 shows no earlier turn"),
         (not cfg.eval_every, {n for n in FIELDS if n.startswith("eval_")} - {"eval_every"}, "--eval_every is 0"),
         (cfg.env != "webshop", ("human_goals",), f"{cfg.env} has one kind of goals"),
@@ -542,7 +548,7 @@ def make_policy(model, tokenizer, cfg, skills=None):
         policy.ref = models.reference(policy.model, autocast)
     if cfg.teacher == "ema":
         policy.ema = copy.deepcopy(policy.model).requires_grad_(False)
-    return policy
+    return memory.offloaded(policy) if cfg.offload_reference else policy
 
 
 def start_vllm(policy, cfg, skills=None):
@@ -577,15 +583,15 @@ def check_model(policy, cfg, skills=None):
 
 def head_inputs(policy, model, batch):
     """lib.packing.Pack -> (hidden states that predict the response tokens [N, D], the head's weight [V, D])."""
-    packed = {}
+    weight = model.get_output_embeddings().weight
+    packed, dtype = {}, torch.bfloat16 if policy.autocast else weight.dtype
     if batch.mask is not None:
-        packed = {"attention_mask": models.attention_masks(model, batch.mask, batch.positions),
+        packed = {"attention_mask": models.attention_masks(model, batch.mask, batch.positions, dtype),
                   "position_ids": batch.positions}
     with models.autocast(policy):
         hidden = models.decoder(model)(input_ids=batch.ids, use_cache=False, **packed).last_hidden_state
-    hidden = hidden.flatten(0, 1)[batch.predictors]
-    dtype = torch.bfloat16 if policy.autocast else hidden.dtype  # the last norm gives fp32: no tensor core takes that
-    return hidden.to(dtype), model.get_output_embeddings().weight.to(dtype)
+    hidden = hidden.flatten(0, 1)[batch.predictors].to(dtype)  # the last norm gives fp32: no tensor core takes that
+    return hidden, weight.to(dtype)
 
 
 # -------------------------------------------------------------------------------------------------------------- rollout
@@ -913,9 +919,10 @@ def response_logp(policy, model, rows, cfg, teacher=False):
 def hidden_states(policy, model, rows, cfg, teacher):
     """Yields (rows, hidden states that predict their tokens [N, D], head's weight [V, D], targets [N]) of each
     micro-batch."""
-    for micro_batch in micro_batches(rows, cfg.micro_tokens, policy.packs):
-        batch = pack_rows(policy, micro_batch, teacher)
-        yield list(itertools.chain(*micro_batch)), *head_inputs(policy, model, batch), batch.targets
+    with memory.on_device(model, policy.device):
+        for micro_batch in micro_batches(rows, cfg.micro_tokens, policy.packs):
+            batch = pack_rows(policy, micro_batch, teacher)
+            yield list(itertools.chain(*micro_batch)), *head_inputs(policy, model, batch), batch.targets
 
 
 def note_likeliest(policy, rows, cfg):
@@ -1090,7 +1097,8 @@ def optimizer_step(model, optimizer, lr, cfg, metrics):
 
 
 def make_optimizer(model, cfg):
-    return torch.optim.AdamW((w for w in model.parameters() if w.requires_grad), cfg.lr, weight_decay=cfg.weight_decay)
+    trained = [w for w in model.parameters() if w.requires_grad]  # unfused, a step on a GPU takes their memory again
+    return torch.optim.AdamW(trained, cfg.lr, weight_decay=cfg.weight_decay, fused=trained[0].is_cuda or None)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -1111,6 +1119,7 @@ def train(cfg, folder=None, checkpoint=None):
     check_prompt_limit(policy, cfg, env)
     parallel.shard(policy, models.decoder(policy.model), cfg.tasks)
     start_vllm(policy, cfg, skills)
+    cfg.micro_tokens = cfg.micro_tokens or memory.choose_micro_tokens(cfg, policy)
     optimizer = make_optimizer(policy.model, cfg)
     more = {"skills": skills} | ({"ema": policy.ema} if policy.ema else {})  # with a state of its own in checkpoints
     if checkpoint:
@@ -1147,6 +1156,7 @@ def learn(policy, optimizer, environments, skills, cfg, run):
             if stays(step + 1, cfg.episodes_every) or step + 1 == cfg.steps:
                 note_likeliest(policy, rows, cfg)
             trained, gaps = train_step(policy, optimizer, rows, cfg, step)
+            optimizer.zero_grad(set_to_none=True)  # the next rollout needs the room
             metrics |= trained | runs.episode_metrics(episodes, [episode_return(cfg, e) for e in episodes])
             parallel.first(write_step, run.folder, step + 1, cfg.episodes_every, parallel.gather(episode_lines(
                 policy.chat, envs.READABLE[cfg.env], episodes, rows=rows, gaps=gaps)))

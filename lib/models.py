@@ -291,8 +291,9 @@ def decoder(model):
     return model.model if base is model and hasattr(model, "model") else base
 
 
-def attention_masks(model, mask, positions):
-    """A packing mask [S, 1, L, L], True = may attend, and positions [S, L] -> the mask argument of a decoder.
+def attention_masks(model, mask, positions, dtype):
+    """A packing mask [S, 1, L, L], True = may attend, and positions [S, L] -> the mask argument of a decoder that
+    computes attention in dtype.
 
     transformers applies the windows of sliding layers only to masks that it makes itself, so they are applied here,
     in positions, which are not places in a packed sequence.
@@ -303,8 +304,9 @@ def attention_masks(model, mask, positions):
     if window:
         near = positions[:, None, :, None] - positions[:, None, None, :] < window
         masks["sliding_attention"] = mask & near
-    if config._attn_implementation == "eager":  # adds its mask to the scores
-        masks = {kind: torch.zeros(mask.shape, device=mask.device).masked_fill(~one, torch.finfo(torch.float32).min)
+    if config._attn_implementation in ("eager", "sdpa"):  # these add a mask to the scores; SDPA would make such a one,
+        least = torch.finfo(dtype).min                     # and keep it for the backward pass, in each layer
+        masks = {kind: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~one, least)
                  for kind, one in masks.items()}
     if window and kinds > {"sliding_attention"}:
         return masks

@@ -11,15 +11,17 @@ from lib.program import UserError, lacks_secrets
 LARGEST = {int: 2**40, float: 1e9}  # settings that fp32 and 64-bit integers hold, products of a few of them too
 
 
-def option(default, help, *, group=None, choices=None, at_least=None, above=None, at_most=None, resume=False):
+def option(default, help, *, group=None, choices=None, at_least=None, above=None, at_most=None, resume=False,
+           words=None):
     """A setting: its default, which also determines its type, its line in --help, and which values are allowed.
 
     at_most: None for LARGEST of a number's type. group: title in --help from this setting on. resume: whether a run
-    that goes on may change it: it bounds, reports or places the work, and the method stays the same.
+    that goes on may change it: it bounds, reports or places the work, and the method stays the same. words: {word: the
+    number that it stands for}.
     """
     return dataclasses.field(default=default, metadata={
         "help": help, "group": group, "choices": choices, "at_least": at_least, "above": above, "at_most": at_most,
-        "resume": resume})
+        "resume": resume, "words": words or {}})
 
 
 def changeable(kind):
@@ -122,13 +124,16 @@ def shorten(text):
     return textwrap.shorten(text, 60) if len(text) > 60 and " " in text else text[:60] + "..." * (len(text) > 60)
 
 
-def number(of_type):
-    """A function from a flag's text to its value; argparse puts the flag before what it complains about."""
+def number(of_type, special=()):
+    """A function from a flag's text to its value; argparse puts the flag before what it complains about.
+
+    special: {word: value} of words that may stand for a number.
+    """
     words = {int: "a whole number", float: "a number"}
 
     def read(text):
         try:
-            return of_type(text)
+            return special[text] if text in special else of_type(text)
         except (ValueError, OverflowError) as error:
             raise argparse.ArgumentTypeError(f"{shorten(text)!r} is not {words[of_type]}") from error
 
@@ -152,7 +157,8 @@ def add_options(parser, kind, names=None, tables=()):
         shown += [f"{name} {values[field.name]}" for name, values in dict(tables).items() if field.name in values]
         text = field.metadata["help"] + (f" ({'; '.join(shown)})" if shown else "")
         how = {"action": argparse.BooleanOptionalAction} if of_type is bool else (
-            {"type": str if of_type is str else number(of_type), "metavar": of_type.__name__.upper()})
+            {"type": str if of_type is str else number(of_type, field.metadata["words"]),
+             "metavar": "|".join([of_type.__name__.upper(), *field.metadata["words"]])})
         if field.metadata["choices"]:
             how["metavar"] = "|".join(field.metadata["choices"])
         groups[title].add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)

@@ -93,7 +93,7 @@ class VLLM:
             os.environ.setdefault(name, value)
         self.stale, self.version, self.numbers = True, 0, itertools.count()  # numbers: of requests
         try:
-            self.llm, self.stays_awake = start(policy, cfg, longest)
+            self.llm, self.cache_bytes, self.stays_awake = start(policy, cfg, longest)
             difference = self.difference(policy, cfg)
         except UserError:
             raise
@@ -137,7 +137,7 @@ def repack_head(model):
 
 
 def start(policy, cfg, longest):
-    """-> (vllm.LLMEngine with random weights, whether it stays awake during training)."""
+    """-> (vllm.LLMEngine with random weights, bytes of its cache, whether it stays awake during training)."""
     size, stays_awake = make_plan(policy, cfg.rollout_batch * longest)
     on_cpu = dict(enforce_eager=True, enable_chunked_prefill=False,  # which fails beside seeds: pytorch has no offset
                   max_num_batched_tokens=max(longest, 2048)) if policy.device.type == "cpu" else {}
@@ -154,7 +154,7 @@ def start(policy, cfg, longest):
             kv_cache_memory_bytes=size, gpu_memory_utilization=0.01,  # a share would count the trainer's memory, too
             enable_sleep_mode=not stays_awake, disable_log_stats=True, **on_cpu,
             distributed_executor_backend="external_launcher" if has_several_processes() else "uni",
-        )), stays_awake
+        )), size, stays_awake
 
 
 class VLLMEngine:

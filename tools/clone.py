@@ -22,7 +22,7 @@ from typing import NamedTuple
 import envs
 import kernels
 import sdar
-from lib import experts, folders, models, runs
+from lib import experts, folders, memory, models, runs
 from lib.checkpoints import step_of
 from lib.program import UserError, exit_status
 from lib.settings import Parser, add_options, changeable, check_values, option
@@ -177,6 +177,7 @@ def run(cfg, policy, lessons_of, folder=None, checkpoint=None, command="python -
 
     folder, checkpoint: the run to go on with. Ctrl-C and a UserError save the whole steps.
     """
+    cfg.micro_tokens = cfg.micro_tokens or memory.choose_micro_tokens(cfg, policy)
     optimizer = sdar.make_optimizer(policy.model, cfg)
     if checkpoint:
         done = folders.restore(checkpoint, optimizer)
