@@ -1,5 +1,6 @@
 """Tests of several processes as one run: two equal one, resume as one and the other way round, and end together."""
 
+import faulthandler
 import json
 import os
 import random
@@ -47,6 +48,7 @@ def run_rank(arguments, rank, size, port, log, before):
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        faulthandler.dump_traceback_later(300, exit=True)  # processes that wait for each other would do so for an hour
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
                        "TORCHELASTIC_RESTART_COUNT": "0"}
