@@ -583,15 +583,14 @@ def check_model(policy, cfg, skills=None):
 
 def head_inputs(policy, model, batch):
     """lib.packing.Pack -> (hidden states that predict the response tokens [N, D], the head's weight [V, D])."""
-    weight = model.get_output_embeddings().weight
-    packed, dtype = {}, torch.bfloat16 if policy.autocast else weight.dtype
+    packed, dtype = {}, torch.bfloat16 if policy.autocast else model.get_output_embeddings().weight.dtype
     if batch.mask is not None:
         packed = {"attention_mask": models.attention_masks(model, batch.mask, batch.positions, dtype),
                   "position_ids": batch.positions}
     with models.autocast(policy):
         hidden = models.decoder(model)(input_ids=batch.ids, use_cache=False, **packed).last_hidden_state
     hidden = hidden.flatten(0, 1)[batch.predictors].to(dtype)  # the last norm gives fp32: no tensor core takes that
-    return hidden, weight.to(dtype)
+    return hidden, model.get_output_embeddings().weight.to(dtype)  # the decoder has gathered it, if it is sharded
 
 
 # -------------------------------------------------------------------------------------------------------------- rollout
