@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lib import parallel
 from lib.program import UserError, optional
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,7 +42,9 @@ def check_new(model, rank):
 
 def add(model, rank, seed):
     """Puts a new adapter beside all linear layers but the head, and freezes all else. Nothing at rank 0, or if there is
-    an adapter already."""
+    an adapter already. Raises UserError under torchrun."""
+    if rank and parallel.WORLD.size > 1:  # the reference would run the sharded model, for which all processes must meet
+        raise UserError("--lora_rank trains in one process: start it without torchrun, or leave --lora_rank out.")
     if not rank or has_adapter(model):
         return
     peft = optional("peft", "peft")

@@ -74,7 +74,7 @@ def predict(cfg, policy):
         update["bf16 weights"] = 2 * sum(matrix.numel() for matrix in models.matrices(policy.model)
                                          if matrix.dtype == torch.float32)
     if cfg.updates > 1:
-        update["copy to undo a step"] = bytes_of(policy.model) + 2 * trained
+        update["copy to undo a step"] = 3 * trained
     generating = sampling(cfg, shape, policy) if policy.vllm is None else {}
     if policy.vllm is not None:
         (always if policy.vllm.stays_awake else generating)["vLLM"] = vllm_bytes(policy)

@@ -62,12 +62,13 @@ def all_or_nothing(model, optimizer, copy):
 
     copy: whether more than one optimiser step is in the block. Without it the copy is spared, and nothing is undone.
     """
-    before = deepcopy((model.state_dict(), optimizer.state_dict())) if copy else None
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    before = deepcopy((trained, optimizer.state_dict())) if copy else None
     try:
         yield
     except BaseException as error:
         if before:
-            model.load_state_dict(before[0])
+            model.load_state_dict(before[0], strict=False)
             optimizer.load_state_dict(before[1])
             error.undone = True
         raise
