@@ -559,8 +559,9 @@ def start_vllm(policy, cfg, skills=None):
 
 def longest_sequence(chat, cfg, skills=None):
     """Tokens of the longest prompt, with any of these skills in it, and its response that the settings allow."""
-    bare = Context("", "", (), "", ())
-    lengths = [len(chat.prompt(render(cfg, bare, text))) for text in ("", *(skills or {}).values())]
+    bare, texts = Context("", "", (), "", ()), list((skills or {}).values())
+    texts += ["\n".join(texts)] * (cfg.retrieval == "keyword")  # which may find all
+    lengths = [len(chat.prompt(render(cfg, bare, text))) for text in ("", *texts)]
     response = max(cfg.max_response_tokens, hindsight.MAX_TOKENS if cfg.analyser == "policy" else 0)
     return cfg.max_prompt_tokens + max(lengths) - lengths[0] + response
 
@@ -621,7 +622,7 @@ class Episode:
     won: bool = False
     score: float = 0.0
     done: bool = False  # False: out of turns
-    errors: int = 0  # searches that the retriever failed to answer
+    errors: int = 0  # searches that the retriever, or responses that a server, failed to give
 
     def outcome(self):
         """The episode without its turns, which is what other processes learn of it."""
@@ -660,32 +661,35 @@ def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, 
 
 def play(policy, running, cfg, temperature, skills):
     """Every episode at its own pace, until it is over or out of turns: a response that ends steps its environment at
-    once, while others are generated. With a retriever, searches run meanwhile, too."""
-    engine, steps = policy.engine(cfg, temperature), {}  # steps: {an environment's answer to come: its turn}
+    once, between two tokens of the others. A retriever's searches run while others are generated."""
+    engine, pending = policy.engine(cfg, temperature), {}  # pending: {an environment's answer to come: its turn}
+    pool = ThreadPoolExecutor(SEARCHES)
+    begin = pool.submit if cfg.retriever else at_once
 
     def ask(r):
         context, ids = turn_prompt(policy.chat, cfg, r, skills)
         engine.submit((r, context, ids), ids, random.Random(f"{r.episode.name} {len(r.past)}"))
 
-    with ThreadPoolExecutor(SEARCHES) as pool:
-        begin = pool.submit if cfg.retriever else at_once
+    try:
         for r in running:
             ask(r)
-        while steps or len(engine):
+        while pending or len(engine):
             for (r, *prompt), response in engine.step():
                 turn = read_response(policy.chat, cfg, *prompt, response)
-                steps[begin(answer, cfg, r, turn)] = r, turn
-            futures.wait(steps, timeout=0 if len(engine) else None, return_when=futures.FIRST_COMPLETED)
-            for done in [one for one in steps if one.done()]:  # in the order of their turns
-                r, turn = steps.pop(done)
+                pending[begin(step_environment, cfg, r, turn)] = r, turn
+            futures.wait(pending, timeout=0 if len(engine) else None, return_when=futures.FIRST_COMPLETED)
+            for done in [one for one in pending if one.done()]:  # in the order of their turns
+                r, turn = pending.pop(done)
                 record_turn(cfg, r, turn, done.result())
                 r.over |= len(r.past) == cfg.max_turns
                 progress.advance(1 + r.over * (cfg.max_turns - len(r.past)))
                 if not r.over:
                     ask(r)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for no search
 
 
-def answer(cfg, running, turn):
+def step_environment(cfg, running, turn):
     """The environment's answer to a turn. An episode whose response a server has failed to give ends there."""
     if turn.response.stop == "error":
         errors = running.info.get("retriever_errors", 0) + 1
@@ -1043,8 +1047,6 @@ def train_step(policy, optimizer, rows, cfg, step):
     Every denominator is the number of response tokens of a whole optimiser step, whatever the micro-batches.
     """
     cfg = scheduled(cfg, step)
-    if policy.vllm:
-        policy.vllm.sleep()
     frozen = frozen_logp(policy, rows, cfg)
     batch = parallel.spread(rows)  # None for each row of another process
     if cfg.updates > 1:
@@ -1152,6 +1154,8 @@ def learn(policy, optimizer, environments, skills, cfg, run):
         rolled = time.perf_counter()
         with runs.uninterrupted():
             rows, metrics = make_rows(policy, cfg, episodes, skills)
+            if policy.vllm:
+                policy.vllm.sleep()
             if stays(step + 1, cfg.episodes_every) or step + 1 == cfg.steps:
                 note_likeliest(policy, rows, cfg)
             trained, gaps = train_step(policy, optimizer, rows, cfg, step)

@@ -1,5 +1,5 @@
 """What a first reading may skip: official data, catalogues, retrieval, generated tasks, scripted players, a gymnasium
-space, models, settings, runs.
+space, models, LoRA, memory, settings, runs. After sdar.py, engine.py (sampling) and parallel.py (torchrun) are next.
 
 Import it before torch. Idle OpenMP threads busy-wait; on a shared machine that made a training step take 90 s instead
 of 8. GOMP_SPINCOUNT shortens the spin. OMP_WAIT_POLICY=PASSIVE would slow an idle machine by 10 %. What the user has

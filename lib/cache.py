@@ -30,7 +30,8 @@ class Window:
         self.cache.layers = [InPlace(self) for _ in self.cache.layers]
 
     def add(self, prefilled, which, lengths):
-        """Adds rows: which[i] of a DynamicCache of prompts, padded on the left, of lengths[i] tokens, for each i."""
+        """Adds rows. prefilled: a DynamicCache of prompts, padded on the left; which[i]: its row that new row i copies;
+        lengths[i]: the row's tokens."""
         self.make_room(prefilled, max(lengths), len(lengths))
         rows = slice(len(self.starts), len(self.starts) + len(lengths))
         for layer, more in zip(self.cache.layers, prefilled.layers):
@@ -43,8 +44,8 @@ class Window:
         self.first = min(self.starts)
 
     def make_room(self, like=None, longest=0, count=0):
-        """Moves what is in use, into larger buffers if need be, where `count` rows of `longest` tokens, and then one
-        token more of every row, would find no room. like: a cache that tells what the buffers hold."""
+        """Makes room for `count` more rows of `longest` tokens, and then for one token more of every row: moves the
+        columns in use to the start of the buffers, which grow if they must. like: a cache whose tensors they hold."""
         rows, width = len(self.starts), self.end - self.first
         places, columns = next((layer.keys.shape[::2] for layer in self.cache.layers if layer.keys is not None), (0, 0))
         if rows + count <= places and longest <= self.end < columns:
@@ -87,8 +88,8 @@ class InPlace(DynamicLayer):
         for name, some in ("keys", like.keys), ("values", like.values):
             old = getattr(self, name)
             buffer = old
-            if old is None or old.shape[::2] != shape:
-                buffer = some.new_zeros(shape[0], some.shape[1], shape[1], some.shape[3])
+            if old is None or old.shape[::2] != shape:  # keys come in fp32 from rotary positions; attention rounds them
+                buffer = like.values.new_zeros(shape[0], some.shape[1], shape[1], some.shape[3])
             if rows:
                 buffer[:rows, :, target] = old[:rows, :, source].clone()
             setattr(self, name, buffer)

@@ -29,6 +29,7 @@ LONGEST_PAUSE = 30.0
 PARALLEL = 16  # requests at a time
 GIVE_UP = 20  # requests in a row that have failed: then nothing works any more
 ANSWER_LIMIT = 1 << 20  # bytes
+PATIENCE = 0.05  # seconds
 BUSY = (408, 409, 425, 429)  # worth another try, as every status from 500 on
 
 # Stands in for lib.models.Chat, since template and tokenizer are the server's: a text is one token.
@@ -138,8 +139,8 @@ class Endpoint:
 
 
 class EndpointEngine:
-    """lib/engine.py's interface to a server. step waits for an answer. Raises UserError where none is answered, or
-    GIVE_UP requests in a row have failed."""
+    """lib/engine.py's interface to a server. step waits PATIENCE for an answer. Raises UserError where no request is
+    answered, or GIVE_UP in a row have failed."""
 
     def __init__(self, server, temperature):
         self.server, self.temperature = server, temperature
@@ -161,7 +162,10 @@ class EndpointEngine:
         return self.asked
 
     def step(self):
-        key, (text, stop) = self.answers.get()
+        try:
+            key, (text, stop) = self.answers.get(timeout=PATIENCE)
+        except queue.Empty:  # the caller may have other work, such as searches that have ended
+            return []
         self.asked -= 1
         server = self.server
         if server.failed_in_a_row >= GIVE_UP or not self.asked and not server.counts["answered"]:

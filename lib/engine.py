@@ -24,10 +24,10 @@ class Response(NamedTuple):
 
     ids: tuple
     logp: tuple  # of the sampled tokens, at the sampling temperature (at 1 if greedy)
-    stop: str  # "end" or "length"
+    stop: str  # "end", "length", or "error": a server has failed to give one
 
 
-class Answer(NamedTuple):
+class InProgress(NamedTuple):
     """A response that is being generated."""
 
     key: object
@@ -65,7 +65,7 @@ class TorchEngine:
         self.waiting, self.answers = deque(), []  # answers: in progress, row by row of the window
 
     def submit(self, key, prompt, noise):
-        self.waiting.append(Answer(key, prompt, noise, [], []))
+        self.waiting.append(InProgress(key, prompt, noise, [], []))
 
     def __len__(self):
         return len(self.waiting) + len(self.answers)
@@ -119,9 +119,10 @@ class TorchEngine:
         return logits[which]
 
     def fits(self, joining):
-        """Whether the next prompt may be computed together with those that are joining."""
+        """Whether the next prompt may be computed together with those that are joining. Where rows join an empty cache
+        alone, all must come at once."""
         prompts = {answer.prompt for answer in (*joining, self.waiting[0])}
-        return not joining or len(prompts) * max(map(len, prompts)) <= PREFILL
+        return not joining or not self.window.joins or len(prompts) * max(map(len, prompts)) <= PREFILL
 
     def draw(self, logits):
         """Logits [rows, V] -> a token more of each response in progress; those that end leave."""

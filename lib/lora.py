@@ -33,8 +33,8 @@ def has_adapter(model):
 
 
 def check_new(model, rank):
-    """Raises UserError if a new run would train a second adapter beside that of --model, or take the one's base, and
-    not what the run starts from, as its reference."""
+    """Raises UserError for a new run with an adapter on top of an adapter: its reference would be the bare base model
+    instead of what it starts from."""
     if rank and is_adapter(model):
         raise UserError(f"--lora_rank {rank} starts an adapter of its own, and {model} is one: merge it into its model "
                         f"first (python -m tools.merge {shlex.quote(model)} FOLDER), and give that folder.")

@@ -44,7 +44,12 @@ def shape_of(model):
 def bytes_of(model, besides=None):
     """Bytes of a model's parameters, except those that belong to the model `besides`, too."""
     shared = set() if besides is None else set(map(id, besides.parameters()))
-    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in shared)
+    return sum(own(p).numel() * p.element_size() for p in model.parameters() if id(p) not in shared)
+
+
+def own(tensor):
+    """This process's part of a tensor that is sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 # ---------------------------------------------------------------------------------------------------------- prediction
@@ -55,7 +60,8 @@ def predict(cfg, policy):
     What the settings allow at most: prompts and responses at their limits, full micro-batches of siblings. Of policy it
     reads model, fast, ref, ema, vllm, autocast and device; the models may be on the meta device.
     """
-    shape, trained = shape_of(policy.model), 4 * sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    shape = shape_of(policy.model)
+    trained = 4 * sum(own(p).numel() for p in policy.model.parameters() if p.requires_grad)
     siblings = most_siblings(cfg)
     tokens = max(cfg.micro_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)  # of a micro-batch
     scored = tokens * siblings // (cfg.max_prompt_tokens + siblings)  # those of responses
@@ -182,9 +188,11 @@ def choose_micro_tokens(cfg, policy):
 
 
 def offloaded(policy):
-    """-> the policy, whose reference waits in this machine's memory: pinned, so that a GPU reads it fastest."""
-    for tensor in (*policy.ref.parameters(), *policy.ref.buffers()):
-        tensor.data = tensor.data.to("cpu").pin_memory()
+    """-> the policy, whose reference, if it has one of its own, waits in this machine's memory instead of a GPU's:
+    pinned, so that the GPU reads it fastest."""
+    if isinstance(policy.ref, torch.nn.Module) and policy.device.type == "cuda":  # an evaluation has none
+        for tensor in (*policy.ref.parameters(), *policy.ref.buffers()):
+            tensor.data = tensor.data.to("cpu").pin_memory()
     return policy
 
 

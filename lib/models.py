@@ -377,8 +377,8 @@ def matrices(model):
 
 @torch.no_grad()
 def refresh(fast, model):
-    """Copies the weights that are trained into what fast_copy made of the model, or a whole copy of one that is
-    sharded; what both share needs nothing."""
+    """Copies the trained weights into what fast_copy made of the model, or into a whole copy of a sharded model; what
+    both share needs nothing."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     for name, mine in fast.named_parameters():
         if mine is not weights[name] and weights[name].requires_grad:

@@ -25,6 +25,8 @@ def pack(prompts, responses, device):
         branch      0 0 0 0     1 1         2 2 2       -1 -1       a token sees branch 0 and its own, up to itself
     """
     length = max(len(p) + sum(map(len, rs)) for p, rs in zip(prompts, responses))
+    if torch.device(device).type == "cuda":  # attention copies a mask of another width, in every layer
+        length += -length % 8
     ids = torch.zeros(len(prompts), length, dtype=torch.long)
     positions, branch = torch.zeros_like(ids), torch.full_like(ids, -1)
     predictors, targets = [], []

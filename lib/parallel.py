@@ -51,12 +51,15 @@ def join():
     """Makes the process group: NCCL for tensors on GPUs, gloo for all else."""
     import torch.distributed as dist
     if torch.cuda.is_available():
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        if int(os.environ["LOCAL_RANK"]) > torch.cuda.device_count():
+            raise SystemExit(2)  # one of them says why
+        if int(os.environ["LOCAL_RANK"]) == torch.cuda.device_count():
             raise UserError(f"torchrun has started more processes than the {torch.cuda.device_count()} GPUs here: "
                             "lower --nproc_per_node.")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     WORLD.store, WORLD.rank, WORLD.size = next(dist.rendezvous("env://"))
-    dist.init_process_group(store=WORLD.store, rank=WORLD.rank, world_size=WORLD.size, timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # by itself torch would take NCCL alone
+    dist.init_process_group(backend, store=WORLD.store, rank=WORLD.rank, world_size=WORLD.size, timeout=PATIENCE)
 
 
 # ------------------------------------------------------------------------------------------------------------- meetings
@@ -154,7 +157,7 @@ def shard(policy, decoder, groups):
 
     decoder: what gives its hidden states. model.sharded_decoder, the same, gathers the weights of a layer at a time and
     keeps those of embedding and head until the backward pass, whose gradients are sums over the processes. groups: of a
-    step. Raises UserError for too few, for an adapter, and for one GPU's --device.
+    step. Raises UserError for too few, and for one GPU's --device.
     """
     if WORLD.size == 1:
         return
@@ -164,8 +167,6 @@ def shard(policy, decoder, groups):
     model, device = policy.model, policy.device
     if groups < WORLD.size:
         raise UserError(f"--tasks {groups} leaves processes without a group: raise it, or lower --nproc_per_node.")
-    if not all(weight.requires_grad for weight in model.parameters()):
-        raise UserError("--lora_rank trains in one process: leave it out, or start the program without torchrun.")
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         raise UserError(f"--device {device} is one GPU, and torchrun gives each process its own: leave it out.")
     if policy.fast is model:

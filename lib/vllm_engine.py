@@ -18,7 +18,7 @@ import warnings
 
 import torch
 
-from lib import agreement, models, progress
+from lib import agreement, memory, models, progress
 from lib.engine import Response, respond
 from lib.program import Diverged, UserError, describe
 
@@ -48,26 +48,26 @@ def cache_plan(free, parameters, trained, wanted):
 
     free: bytes of the GPU beside the trainer's weights. wanted: bytes for every response at its longest. To come are
     vLLM's weights, 2 bytes a parameter, and 12 for each that is trained: gradient and Adam's moments. Of the rest, half
-    is left for activations; where the other half holds less than a quarter of what is wanted, the engine takes all, and
-    sleeps while the model trains.
+    is left for activations; where the other half is less than a quarter of what is wanted, the engine takes four fifths
+    of the rest, and sleeps while the model trains. Raises UserError where nothing is left.
     """
     rest = int(free - 2 * parameters - 12 * trained)
+    if rest <= 0:
+        raise UserError("Beside the trainer there is no room for vLLM on this GPU: use --engine torch, or --lora_rank.")
     awake = rest // 2 >= wanted // 4
-    return min(wanted, rest // 2 if awake else rest), awake
+    return min(wanted, rest // 2 if awake else rest * 4 // 5), awake
 
 
 def make_plan(policy, tokens):
     """cache_plan for so many tokens at a time."""
-    config = models.text_config(policy.model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    wanted = tokens * config.num_hidden_layers * 2 * heads * width * (2 if policy.autocast else 4)
+    shape = memory.shape_of(policy.model)
+    wanted = tokens * shape.layers * shape.keys * (2 if policy.autocast else 4)
     if policy.device.type == "cpu":
         return min(wanted, CPU_CACHE), True
     torch.cuda.empty_cache()
-    trained = [p.to_local() if hasattr(p, "to_local") else p for p in policy.model.parameters() if p.requires_grad]
-    return cache_plan(torch.cuda.mem_get_info(policy.device)[0], sum(p.numel() for p in policy.fast.parameters()),
-                      sum(p.numel() for p in trained), wanted)
+    trained = sum(memory.own(p).numel() for p in policy.model.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in policy.fast.parameters())
+    return cache_plan(torch.cuda.mem_get_info(policy.device)[0], parameters, trained, wanted)
 
 
 def has_several_processes():

@@ -160,7 +160,10 @@ def test_a_run_in_bf16_samples_and_teaches_with_the_copy_and_refreshes_it_after_
     assert len(seen) == 2 and abs(metrics["kl/loss"]) < 1 and metrics["sdar/gap_abs"] > 0
     again = models.fast_copy(made.model)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), made.fast.parameters()))
-    assert len(sdar.sample(made, [(5, 6)], cfg, 1.0, [random.Random(0)])[0].ids)
+    player = made.engine(cfg, 1.0)
+    player.submit(0, (5, 6), random.Random(0))
+    player.step()
+    assert {x.dtype for layer in player.window.cache.layers for x in (layer.keys, layer.values)} == {torch.bfloat16}
 
 
 def test_truncated_importance_weights_multiply_the_policy_gradient_and_nothing_else(policy, rows):

@@ -400,6 +400,7 @@ def test_requests_go_out_in_parallel_but_not_too_many_and_answers_come_in_order(
     texts = list("abcdefghijkl")
     model = endpoint.Endpoint(f"{stub.url}/v1/chat/completions", "m", max_tokens=5, parallel=3)
     assert ask(model, texts) == [((f"<think>{text}</think>",), (), "length") for text in texts]
+    assert model.engine(None, 0.0).step() == []  # as where the last searches of a rollout run
     assert 2 <= max(most) <= 3 and len({body["seed"] for *_, body in stub.seen}) == len(texts)
 
 

@@ -99,7 +99,9 @@ def test_auto_is_resolved_once_and_stored_with_the_run(model_folder, tmp_path, c
 def test_weights_that_wait_elsewhere_are_on_the_device_within_the_block_alone():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     with patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor.clone()):
-        memory.offloaded(types.SimpleNamespace(ref=model))
+        memory.offloaded(types.SimpleNamespace(ref=model, device=torch.device("cuda")))
+        for ref, device in (None, "cuda"), (model, "cpu"):  # an evaluation of such a run; a run that goes on on a CPU
+            memory.offloaded(types.SimpleNamespace(ref=ref, device=torch.device(device)))
     home = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
     for error in (None, MemoryError()):
         moved = lambda tensor, device, **_: (tensor + 0 if device == "gpu" else tensor)

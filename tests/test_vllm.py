@@ -41,11 +41,13 @@ def test_what_vllm_cannot_run_on_is_one_sentence(monkeypatch, version, device, s
 @pytest.mark.parametrize("free, billions, trained, wanted, plan", [
     (67, 1.5, 1.5, 18, (18, True)),  # 67 - 3 - 18 leave 46, of which 23 may be taken
     (67, 1.5, 1.5, 60, (23, True)), (55, 3, 3, 12, (6.5, True)),
-    (55, 3, 3, 30, (13, False)),  # 6.5 are less than a quarter of 30
+    (55, 3, 3, 30, (10.4, False)),  # 6.5 of 13 are less than a quarter of 30
     (60, 7, 0.1, 20, (20, True))])  # an adapter
 def test_the_engine_sleeps_where_half_of_what_training_leaves_is_too_little(free, billions, trained, wanted, plan):
     size, awake = vllm_engine.cache_plan(free * GB, int(billions * GB), int(trained * GB), wanted * GB)
     assert (size / GB, awake) == (pytest.approx(plan[0]), plan[1])
+    with pytest.raises(UserError, match="no room for vLLM"):
+        vllm_engine.cache_plan(1, 1, 1, 1)
 
 
 @pytest.fixture(scope="module")
