@@ -1,4 +1,4 @@
-"""The README's measurements and its learning curve. Run from the repository's root; each writes results/<name>.json:
+"""The README's measurements. Run from the repository's root; each writes results/<name>.json:
 
     python -m tools.measure step               a GRPO step against TRL's (pip install trl datasets accelerate)
     python -m tools.measure webshop            steps per second, loading
@@ -6,7 +6,6 @@
                                                own engine beside ours if it is there (pip install alfworld)
     python -m tools.measure bm25               ranks beside bm25s and rank-bm25 (pip install bm25s rank-bm25)
     TRITON_INTERPRET=1 python -m tools.measure liger       errors beside fused_linear_jsd (pip install liger-kernel)
-    python -m tools.measure curves RUN RUN ..  success on the evaluation set in finished runs; draws results/curve.png
 
 Ours and TRL's steps run in this one process, block by block in turn: the ratio is fair where the seconds are not.
 """
@@ -31,7 +30,6 @@ import envs
 import kernels
 import sdar
 from lib import generated, retrieval
-from lib.folders import read_settings
 from lib.official import ALFWORLD_SPLITS, load_game, read_task
 from tools import bench_kernels
 
@@ -338,60 +336,15 @@ def measure_liger(n=64, d=128, v=1064):
             "relative_errors": rows}
 
 
-def evaluation_points(run):
-    """A run folder -> its environment, method, seed, minutes of training and evaluations (step, sampled, greedy)."""
-    cfg = read_settings(run, sdar.Config)
-    entries = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    points = [(e["step"], e["eval/success"], e["eval/greedy_success"]) for e in entries if "eval/success" in e]
-    provenance = json.loads((Path(run) / "config.json").read_text())["provenance"]
-    return {"env": cfg.env, "method": cfg.method, "seed": cfg.seed, "threads": cfg.threads, "points": points,
-            "commit": provenance["commit"], "training_minutes": sum(e.get("time/step", 0.0) for e in entries) / 60}
-
-
-def measure_curves(*runs):
-    """Table and picture, a row of plots per environment: sampled left, greedy right; a thin line per seed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    found = [evaluation_points(run) for run in runs]
-    names = [name for name in envs.ENVIRONMENTS if any(run["env"] == name for run in found)]
-    figure, panes = pyplot.subplots(len(names), 2, figsize=(10, 1 + 2.8 * len(names)), sharey=True, squeeze=False)
-    for name, row in zip(names, panes):
-        for color, method in (("C0", "sdar"), ("C1", "grpo")):
-            chosen = [run for run in found if (run["env"], run["method"]) == (name, method)]
-            for pane, (column, title) in zip(row, ((1, "sampled at T=0.4"), (2, "greedy"))):
-                lines = [[(point[0], point[column]) for point in run["points"]] for run in chosen]
-                for line in lines:
-                    pane.plot(*zip(*line), color=color, alpha=0.35, lw=1)
-                means = [(points[0][0], sum(p[1] for p in points) / len(points)) for points in zip(*lines)]
-                if means:
-                    label = f"{method}, mean of {len(lines)} seeds" if len(lines) > 1 else f"{method}, one seed"
-                    pane.plot(*zip(*means), color=color, marker="o", ms=4, label=label)
-                pane.set(title=f"{name}, {title}", ylim=(0, 1))
-                pane.xaxis.get_major_locator().set_params(integer=True)
-                pane.grid(alpha=0.3)
-        row[0].set_ylabel("success, 128 unseen tasks")
-        row[1].legend(loc="lower right")
-    for pane in panes[-1]:
-        pane.set_xlabel("training step")
-    figure.tight_layout()
-    figure.savefig(ROOT / "results" / "curve.png", dpi=120)
-    for run in found:
-        (_, first, first_greedy), (step, last, last_greedy) = run["points"][0], run["points"][-1]
-        print(f"{run['env']:8} {run['method']:5} seed {run['seed']}: sampled {first:.3f} -> {last:.3f}, greedy "
-              f"{first_greedy:.3f} -> {last_greedy:.3f} in {step} steps, {run['training_minutes']:.1f} min of training")
-    return {"runs": found}
-
-
 def main():
     what = {"step": measure_step, "webshop": measure_webshop, "alfworld": measure_alfworld, "bm25": measure_bm25,
-            "liger": measure_liger, "curves": measure_curves}
-    name, *arguments = sys.argv[1:] or [""]
-    if name not in what or (name == "curves") != bool(arguments):
-        sys.exit("usage: python -m tools.measure step | webshop | alfworld | bm25 | liger | curves RUN RUN ..")
+            "liger": measure_liger}
+    if len(sys.argv) != 2 or sys.argv[1] not in what:
+        sys.exit(f"usage: python -m tools.measure {' | '.join(what)}")
+    name = sys.argv[1]
     report = {"command": shlex.join(["python", "-m", "tools.measure", *sys.argv[1:]]), "torch": torch.__version__,
               "python": platform.python_version(), "threads": torch.get_num_threads()}
-    (ROOT / "results" / f"{name}.json").write_text(json.dumps(report | what[name](*arguments), indent=1) + "\n")
+    (ROOT / "results" / f"{name}.json").write_text(json.dumps(report | what[name](), indent=1) + "\n")
 
 
 if __name__ == "__main__":

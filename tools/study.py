@@ -283,7 +283,9 @@ def report(study, out):
     page = ROOT / "docs" / "study.md" if out.resolve() == ROOT / "results" else out / "study.md"
     study_report.insert(study_report.tables(records), page)
     study_report.draw(records, out / "study.png")
-    print(f"written: {out / 'study.json'}, {out / 'study.png'}, {page}")
+    if any(one["part"] == "A" for one in study_report.finished(records)):
+        study_report.draw_front(records, out / "curve.png")
+    print(f"written: {out / 'study.json'}, the pictures beside it, {page}")
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -18,6 +18,7 @@ UNTRAINED = "untrained"  # the arm that is evaluated before any training
 CONTROLS = ("no_gate_1", "no_skill_1", "shuffled_1", "other_1", "foreign_1")
 COLORS = {"grpo": "black", "gigpo": "#e69f00", "sdar_0.01": "#56b4e9", "sdar_1": "#0072b2", "rkl_1": "#009e73",
           "opid_1": "#cc79a7", "no_gate_1": "#d55e00", "foreign_1": "0.5"}  # curves that are drawn, for all eyes
+FRONT = ("grpo", "sdar_0.01", "sdar_1", "no_gate_1", "foreign_1")  # curves of the README's picture
 # From grpo's figures before the study: search half-way to its end with full batches, alfworld just below its end.
 THRESHOLDS = {"webshop": 0.5, "search": 0.3, "alfworld": 0.3}
 
@@ -210,6 +211,19 @@ def draw(records, path):
             draw_differences(pane, rows, f"{MEASURES[measure][1]}, minus grpo's")
     figure.suptitle("Means over seeds with 95 % intervals. Differences are paired by seed; filled: Holm's p < 0.05; "
                     "grey or dashed: a control.", fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_front(records, path):
+    """Part A's curves of a few arms, a pane per environment."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    found = {env: runs for (part, env), runs in runs_by_regime(records).items() if part == "A"}
+    figure, panes = pyplot.subplots(1, len(found), figsize=(4.2 * len(found), 3.6), squeeze=False, layout="constrained")
+    for (env, runs), pane in zip(found.items(), panes[0]):
+        draw_curves(pane, {arm: runs[arm] for arm in FRONT if arm in runs}, NAMES[env])
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
