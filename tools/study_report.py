@@ -89,8 +89,8 @@ def summary(records):
             for row in compare(part, env, measure, runs)]
 
 
-def compare(part, env, measure, runs):
-    """The rows of one regime and measure; runs: {arm: {seed: record}}."""
+def compare(part, env, measure, runs, base="grpo"):
+    """The rows of one regime and measure, arms beside the base; runs: {arm: {seed: record}}."""
     threshold, function, rows = THRESHOLDS[env], MEASURES[measure][0], []
     values = {arm: {seed: function(one, threshold) for seed, one in by_seed.items()} for arm, by_seed in runs.items()}
     for arm, by_seed in values.items():
@@ -98,20 +98,20 @@ def compare(part, env, measure, runs):
         reached = sum(max(success for _, success in one["evaluation"]) >= threshold for one in runs[arm].values())
         rows.append({"part": part, "env": env, "measure": measure, "arm": arm, "seeds": len(by_seed),
                      "reached": reached, "mean": center, "low": low, "high": high})
-        seeds = sorted(by_seed.keys() & values.get("grpo", {}).keys())
-        if arm != "grpo" and seeds:
-            rows[-1] |= against([by_seed[seed] for seed in seeds], [values["grpo"][seed] for seed in seeds])
+        seeds = sorted(by_seed.keys() & values.get(base, {}).keys())
+        if arm != base and seeds:
+            rows[-1] |= against([by_seed[seed] for seed in seeds], [values[base][seed] for seed in seeds])
     tested = [row for row in rows if "p" in row]
     for row, p in zip(tested, statistics.holm([row["p"] for row in tested])):
         row |= {"p_holm": p, "verdict": "a difference" if p < 0.05 else "no difference shown"}
     return rows
 
 
-def against(values, grpo):
-    """The comparison of an arm's values with grpo's, of the same seeds in the same order."""
-    difference, low, high, p = statistics.paired_t(values, grpo)
+def against(values, base):
+    """The comparison of an arm's values with the base's, of the same seeds in the same order."""
+    difference, low, high, p = statistics.paired_t(values, base)
     return {"pairs": len(values), "difference": difference, "difference_low": low, "difference_high": high, "p": p,
-            "p_sign_flip": statistics.sign_flip_p([a - b for a, b in zip(values, grpo)])}
+            "p_sign_flip": statistics.sign_flip_p([a - b for a, b in zip(values, base)])}
 
 
 # --------------------------------------------------------------------------------------------------- lines and tables
@@ -153,6 +153,10 @@ def tables(records):
         for measure, (_, words, digits) in MEASURES.items():
             rows = compare(part, env, measure, runs)
             texts.append(f"{words.format(threshold=THRESHOLDS[env])}:\n\n{table(rows, measure == 'steps', digits)}")
+        controlled = {arm: by_seed for arm, by_seed in runs.items() if arm in ("sdar_1", *CONTROLS)}
+        if len(controlled) > 1 and "sdar_1" in controlled:
+            rows = compare(part, env, "area", controlled, "sdar_1")
+            texts.append(f"Controls beside sdar_1, area:\n\n{table(rows, False, 3, 'sdar_1')}")
     texts += [line(one) for one in records if "error" in one]
     left_out = len(finished(records)) - sum(len(arm) for runs in regimes.values() for arm in runs.values())
     if left_out:
@@ -171,9 +175,9 @@ def regime_text(runs):
             f"{flags['lr']:g}{poor}. {len(runs)} runs, {mean(one['seconds'] for one in runs):.0f} s each.")
 
 
-def table(rows, with_reached, digits):
+def table(rows, with_reached, digits, base="grpo"):
     """Markdown; rows: of one regime and measure."""
-    heads = ["arm", "seeds", *["reached"] * with_reached, "mean [95 %]", "minus grpo [95 %]", "p", "sign-flip p",
+    heads = ["arm", "seeds", *["reached"] * with_reached, "mean [95 %]", f"minus {base} [95 %]", "p", "sign-flip p",
              "Holm's p", "verdict"]
     lines = [heads, ["---"] * len(heads)]
     for row in rows:
