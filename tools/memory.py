@@ -41,6 +41,7 @@ QWEN = {  # layers, hidden size, width of the feed-forward part, heads, heads of
     "Qwen2.5-1.5B": (28, 1536, 8960, 12, 2, 151936, True),
     "Qwen2.5-3B": (36, 2048, 11008, 16, 2, 151936, True),
     "Qwen2.5-7B": (28, 3584, 18944, 28, 4, 152064, False),
+    "Qwen3-1.7B": (28, 2048, 6144, 16, 8, 151936, True),  # without its norms of queries and keys
 }
 
 
