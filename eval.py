@@ -146,7 +146,7 @@ def evaluate(model, options):
     player = server or sdar.load_policy(dataclasses.replace(cfg, kl_coef=0.0, teacher="none"), skills)  # no reference
     if not server:
         player.model.requires_grad_(False)  # vLLM leaves room for what is trained
-        sdar.start_vllm(player, cfg, skills)
+        sdar.start_vllm(player, cfg, skills, [cfg.eval_temperature])
     environments = [env] + [sdar.make_env(cfg) for _ in tasks[1:]]
     print(headline(settings), flush=True)
     played = {name: play(player, cfg, environments, tasks, repeats, skills if name == "with" else None, name)

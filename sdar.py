@@ -551,10 +551,13 @@ def make_policy(model, tokenizer, cfg, skills=None):
     return memory.offloaded(policy) if cfg.offload_reference else policy
 
 
-def start_vllm(policy, cfg, skills=None):
-    """From now on vLLM generates the policy's responses, if that is what cfg.engine means here."""
+def start_vllm(policy, cfg, skills=None, temperatures=()):
+    """From now on vLLM generates the policy's responses, if that is what cfg.engine means here. Raises UserError if it
+    cannot, or not at one of the temperatures that are to come."""
     if vllm_engine.is_chosen(cfg.engine, policy.device):
         policy.vllm = vllm_engine.VLLM(policy, cfg, longest_sequence(policy.chat, cfg, skills))
+        for temperature in temperatures:
+            policy.engine(cfg, temperature)
 
 
 def longest_sequence(chat, cfg, skills=None):
@@ -1119,7 +1122,7 @@ def train(cfg, folder=None, checkpoint=None):
     policy = load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg, skills)
     check_prompt_limit(policy, cfg, env)
     parallel.shard(policy, models.decoder(policy.model), cfg.tasks)
-    start_vllm(policy, cfg, skills)
+    start_vllm(policy, cfg, skills, [cfg.temperature, *[cfg.eval_temperature] * bool(cfg.eval_every)])
     cfg.micro_tokens = cfg.micro_tokens or memory.choose_micro_tokens(cfg, policy)
     optimizer = make_optimizer(policy.model, cfg)
     more = {"skills": skills} | ({"ema": policy.ema} if policy.ema else {})  # with a state of its own in checkpoints
