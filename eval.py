@@ -126,6 +126,9 @@ def free_to_write(out, settings):
 
 def evaluate(model, options):
     """Plays the evaluation set under the given options, prints the tables, writes the result file -> its dict."""
+    if "LOCAL_RANK" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        raise UserError("An evaluation runs in one process, and torchrun has started several, which would all play the "
+                        "same: start it without torchrun.")
     cfg = evaluation_config(model, {name: options[name] for name in FLAGS if name in options})
     repeats = options.get("repeats", 1)
     if repeats < 1 or repeats > 1 and cfg.eval_temperature == 0:
