@@ -1093,7 +1093,7 @@ def learning_rate(cfg, step):
 def optimizer_step(model, optimizer, lr, cfg, metrics):
     """-> the gradient's norm before clipping. Raises UserError, and changes nothing, if it is not finite."""
     norm = parallel.full(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)).item()
-    parallel.each(health.check_finite, norm, model, metrics)
+    health.check_finite(norm, model, metrics)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
