@@ -1092,7 +1092,7 @@ def passages(observation):
     text = observation.strip()
     if text.startswith("<information>"):
         text = re.sub(r'^<information>({"result": ")?|("})?(</information>)?$', "", text)
-        text = re.sub(r"(\\u[0-9a-f]{4})+|\\[^u ]", lambda escape: json.loads(f'"{escape[0]}"'), text)
+        text = re.sub(r'(\\u[0-9a-f]{4})+|\\["\\/bfnrt]', lambda escape: json.loads(f'"{escape[0]}"'), text)
     return re.sub(rf"(?ai)<(?=/?({'|'.join(SEARCH_TAGS)})>)", "< ", text).strip()
 
 

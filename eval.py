@@ -126,6 +126,9 @@ def free_to_write(out, settings):
 
 def evaluate(model, options):
     """Plays the evaluation set under the given options, prints the tables, writes the result file -> its dict."""
+    if "LOCAL_RANK" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        raise UserError("An evaluation runs in one process, and torchrun has started several, which would all play the "
+                        "same: start it without torchrun.")
     cfg = evaluation_config(model, {name: options[name] for name in FLAGS if name in options})
     repeats = options.get("repeats", 1)
     if repeats < 1 or repeats > 1 and cfg.eval_temperature == 0:
@@ -146,7 +149,7 @@ def evaluate(model, options):
     player = server or sdar.load_policy(dataclasses.replace(cfg, kl_coef=0.0, teacher="none"), skills)  # no reference
     if not server:
         player.model.requires_grad_(False)  # vLLM leaves room for what is trained
-        sdar.start_vllm(player, cfg, skills)
+        sdar.start_vllm(player, cfg, skills, [cfg.eval_temperature])
     environments = [env] + [sdar.make_env(cfg) for _ in tasks[1:]]
     print(headline(settings), flush=True)
     played = {name: play(player, cfg, environments, tasks, repeats, skills if name == "with" else None, name)

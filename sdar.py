@@ -53,7 +53,7 @@ from lib.analyser import RULES
 from lib.baselines import gigpo_advantages, opid_advantages, rlsd_advantages, skill_sd_loss
 from lib.engine import Response, TorchEngine, respond
 from lib.episodes import episode_lines, note_top, stays, write_step
-from lib.packing import micro_batches, pack
+from lib.packing import micro_batches, pack, teacher_parts
 from lib.program import UserError, describe, exit_status
 from lib.settings import Parser, add_options, changeable, check_value, check_values, option, set_by_hand
 from lib.skills import CONTROLS, STRATEGIES, contains, library, retrieve
@@ -553,10 +553,13 @@ def make_policy(model, tokenizer, cfg, skills=None):
     return memory.offloaded(policy) if cfg.offload_reference else policy
 
 
-def start_vllm(policy, cfg, skills=None):
-    """From now on vLLM generates the policy's responses, if that is what cfg.engine means here."""
+def start_vllm(policy, cfg, skills=None, temperatures=()):
+    """From now on vLLM generates the policy's responses, if that is what cfg.engine means here. Raises UserError if it
+    cannot, or not at one of the temperatures that are to come."""
     if vllm_engine.is_chosen(cfg.engine, policy.device):
         policy.vllm = vllm_engine.VLLM(policy, cfg, longest_sequence(policy.chat, cfg, skills))
+        for temperature in temperatures:
+            policy.engine(cfg, temperature)
 
 
 def longest_sequence(chat, cfg, skills=None):
@@ -887,13 +890,19 @@ def routed(cfg, analysis, number):
     return ("episode", analysis.episode_skill) if analysis and cfg.opid_episode_weight else ("", "")
 
 
-def pack_rows(policy, micro_batch, teacher=False):
-    """teacher: behind the teacher's prompts, which may differ within a group. The rows' order is the same."""
-    if teacher:
-        micro_batch = [list(alike) for group in micro_batch
-                       for _, alike in itertools.groupby(group, lambda row: row.teacher_ids)]
-    prompts = [group[0].teacher_ids if teacher else group[0].prompt_ids for group in micro_batch]
-    return pack(prompts, [[row.response_ids for row in group] for group in micro_batch], policy.device)
+def pack_rows(policy, groups, teacher=False):
+    """teacher: behind the teacher's prompts."""
+    prompts = [group[0].teacher_ids if teacher else group[0].prompt_ids for group in groups]
+    return pack(prompts, [[row.response_ids for row in group] for group in groups], policy.device)
+
+
+def frozen_inputs(policy, model, micro_batch, cfg, teacher):
+    """`head_inputs` of a micro-batch, without gradient, and its targets [N]. teacher: behind the teacher's prompts, in
+    as many parts as these ask for. The rows' order is the same."""
+    parts = teacher_parts(micro_batch, cfg.micro_tokens) if teacher else [micro_batch]
+    batches = [pack_rows(policy, part, teacher) for part in parts]
+    hidden, weights = zip(*(head_inputs(policy, model, batch) for batch in batches))
+    return torch.cat(hidden), weights[0], torch.cat([batch.targets for batch in batches])
 
 
 def split_tokens(rows, values):
@@ -926,8 +935,7 @@ def hidden_states(policy, model, rows, cfg, teacher):
     micro-batch."""
     with memory.on_device(model, policy.device):
         for micro_batch in micro_batches(rows, cfg.micro_tokens, policy.packs):
-            batch = pack_rows(policy, micro_batch, teacher)
-            yield list(itertools.chain(*micro_batch)), *head_inputs(policy, model, batch), batch.targets
+            yield list(itertools.chain(*micro_batch)), *frozen_inputs(policy, model, micro_batch, cfg, teacher)
 
 
 def note_likeliest(policy, rows, cfg):
@@ -964,7 +972,7 @@ def token_scores(policy, cfg, micro_batch, frozen):
     hidden, weight = head_inputs(policy, policy.model, batch)
     if cfg.teacher == "live":
         with torch.no_grad():
-            skilled, _ = head_inputs(policy, policy.fast, pack_rows(policy, micro_batch, teacher=True))
+            skilled, *_ = frozen_inputs(policy, policy.fast, micro_batch, cfg, teacher=True)
         return kernels.fused_gap_gate(
             hidden, skilled, weight, batch.targets, beta=cfg.gate_beta, gate=cfg.gate, temperature=cfg.temperature,
             divergence=cfg.surrogate if cfg.surrogate in kernels.DIVERGENCES else None)
@@ -1092,7 +1100,7 @@ def learning_rate(cfg, step):
 def optimizer_step(model, optimizer, lr, cfg, metrics):
     """-> the gradient's norm before clipping. Raises UserError, and changes nothing, if it is not finite."""
     norm = parallel.full(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)).item()
-    parallel.each(health.check_finite, norm, model, metrics)
+    health.check_finite(norm, model, metrics)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -1121,7 +1129,7 @@ def train(cfg, folder=None, checkpoint=None):
     policy = load_policy(dataclasses.replace(cfg, model=str(checkpoint)) if checkpoint else cfg, skills)
     check_prompt_limit(policy, cfg, env)
     parallel.shard(policy, models.decoder(policy.model), cfg.tasks)
-    start_vllm(policy, cfg, skills)
+    start_vllm(policy, cfg, skills, [cfg.temperature, *[cfg.eval_temperature] * bool(cfg.eval_every)])
     cfg.micro_tokens = cfg.micro_tokens or memory.choose_micro_tokens(cfg, policy)
     optimizer = make_optimizer(policy.model, cfg)
     more = {"skills": skills} | ({"ema": policy.ema} if policy.ema else {})  # with a state of its own in checkpoints

@@ -274,6 +274,18 @@ def test_micro_batches_hold_every_row_once_within_their_room_with_and_without_a_
     assert any(len(g) > 1 for g in batches[0]) and len(batches) == 1  # members of a group share their first prompt
 
 
+def test_siblings_that_read_different_skills_are_scored_in_parts_that_keep_to_the_same_room(policy, rows, monkeypatch):
+    for number, row in enumerate(rows):  # all share a prompt
+        row.prompt_ids, row.teacher_ids = rows[0].prompt_ids, (*rows[0].prompt_ids, number + 5)
+    room, sizes, pack = 3 * max(len(row.teacher_ids) + len(row.response_ids) for row in rows), [], sdar.pack
+    score = lambda room: sdar.response_logp(policy, policy.model, rows, config(micro_tokens=room), teacher=True)
+    whole = score(10**6)
+    monkeypatch.setattr(sdar, "pack", lambda *some: sizes.append(pack(*some).ids.numel()) or pack(*some))
+    parts = score(room)
+    assert len(rows) > 3 < len(sizes) and max(sizes) <= room
+    assert all(parts[row] == pytest.approx(whole[row], abs=1e-4) for row in rows)
+
+
 def test_sampler_and_trainer_agree_on_log_probs(policy, played):
     cfg = config(temperature=0.7, **NO_TEACHER)
     prompts = [turn.prompt_ids for e in played for turn in e.turns]

@@ -5,7 +5,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-from lib import memory, models
+from lib import memory, models, parallel
 from lib.program import UserError
 
 # --------------------------------------------------------------------------------------------------- memory and disk
@@ -56,14 +56,17 @@ def free_disk(folder):
 # ------------------------------------------------------------------------------------------------------ broken numbers
 
 def check_finite(norm, model, metrics):
-    """Raises UserError if a gradient's norm is not finite, with the cause, as far as the step's metrics tell it."""
+    """Raises UserError if a gradient's norm is not finite, with the cause, as far as the step's metrics tell it. Called
+    by all processes: each looks at its own part of the weights."""
     if math.isfinite(norm):
         return
-    broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+    weights = {name: memory.own(p.detach()) for name, p in model.named_parameters()}
+    broken = parallel.gather(name for name, weight in weights.items() if not weight.isfinite().all())
+    largest = max(parallel.gather(float(weight.abs().max()) for weight in weights.values() if weight.numel()))
     not_finite = lambda name: not math.isfinite(metrics.get(name, 0.0))
     if broken:
-        cause = f"the weights hold NaN or infinity ({broken}): start again with a lower --lr"
-    elif (largest := max(float(p.detach().abs().max()) for p in model.parameters())) > 1e6:  # products overflow
+        cause = f"the weights hold NaN or infinity ({broken[0]}): start again with a lower --lr"
+    elif largest > 1e6:  # products overflow
         cause = f"the weights have grown to {largest:.0e}: start a new run with a lower --lr or --weight_decay"
     elif not_finite("grpo/entropy"):
         cause = "the model's own log-probs overflow: use --dtype float32"
@@ -76,4 +79,4 @@ def check_finite(norm, model, metrics):
         cause = f"an advantage or a log-ratio is not finite (loss {metrics['grpo/loss']})"
     else:
         cause = "it overflows in the backward pass: use --dtype float32, or start a new run with a lower --lr"
-    raise UserError(f"The gradient norm is {norm}, since {cause}. This step changed nothing.")
+    parallel.agree(UserError(f"The gradient norm is {norm}, since {cause}. This step changed nothing."))

@@ -178,5 +178,5 @@ def merged_weights(model):
             yield f"{name}.weight", base.float() + module.get_delta_weight("default")
     for name, weight in model.named_parameters():
         layer, _, kind = name.rpartition(".base_layer.")
-        if not weight.requires_grad and kind != "weight":
+        if kind != "weight" and ".lora_" not in name:
             yield f"{layer}.{kind}" if layer else name, weight.detach()

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import itertools
 import math
 import os
 from dataclasses import replace
@@ -34,11 +35,18 @@ class Shape(NamedTuple):
 
 def shape_of(model):
     config = models.text_config(model)
-    heads = getattr(config, "num_attention_heads", None) or 1
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys = 2 * size * (getattr(config, "num_key_value_heads", None) or heads)
-    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return Shape(config.num_hidden_layers, config.hidden_size, heads, heads * size, keys, wide, config.vocab_size)
+    layers = list(getattr(config, "per_layer_config", None) or [config])  # of layers that are unlike each other
+
+    def widest(name, default):
+        """The largest value of a setting, which may be a list or belong to each layer; default where there is none."""
+        found = [getattr(layer, name, None) for layer in layers]
+        return max(itertools.chain(*(one if isinstance(one, list | tuple) else [one or 0] for one in found))) or default
+
+    hidden, heads = config.hidden_size, widest("num_attention_heads", 1)
+    size = widest("head_dim", hidden // heads)
+    keys = 2 * size * widest("num_key_value_heads", heads)
+    return Shape(config.num_hidden_layers, hidden, heads, heads * size, keys, widest("intermediate_size", 4 * hidden),
+                 config.vocab_size)
 
 
 def bytes_of(model, besides=None):

@@ -1,6 +1,7 @@
 """Rows that share a prompt, as one sequence [prompt, response 1, response 2, ...]: the mask lets a response see the
 prompt and itself, positions restart after the prompt. A group shares its first prompt, often later ones too."""
 
+import itertools
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -81,6 +82,26 @@ def shared_prefix_groups(rows, micro_tokens):
         yield group
 
 
-def width(group):
-    """Length of a group's packed student sequence: the teacher does not change how rows are batched."""
-    return len(group[0].prompt_ids) + sum(len(row.response_ids) for row in group)
+def teacher_parts(micro_batch, micro_tokens):
+    """A micro-batch -> lists of groups with one teacher's prompt each, the rows in the same order.
+
+    One list, unless prompts differ within a student's group: what siblings shared there comes once for each, so that
+    the rows are dealt out to lists of at most micro_tokens padded tokens, or of a single group.
+    """
+    groups = [list(alike) for group in micro_batch
+              for _, alike in itertools.groupby(group, lambda row: row.teacher_ids)]
+    if len(groups) == len(micro_batch):
+        return [groups]
+    parts, widest = [[]], 0
+    for group in groups:
+        widest = max(widest, width(group, group[0].teacher_ids))
+        if parts[-1] and (len(parts[-1]) + 1) * widest > micro_tokens:
+            parts, widest = [*parts, []], width(group, group[0].teacher_ids)
+        parts[-1].append(group)
+    return parts
+
+
+def width(group, prompt=None):
+    """Length of a group's packed sequence: the student's, since the teacher does not change how rows are batched, or
+    that behind another prompt."""
+    return len(prompt or group[0].prompt_ids) + sum(len(row.response_ids) for row in group)

@@ -204,6 +204,13 @@ def test_bad_input_is_one_sentence_and_status_2(capsys, tmp_path, monkeypatch, a
     refused(evaluation.main, list(argv), why, capsys)
 
 
+def test_an_evaluation_by_several_processes_is_refused(monkeypatch, tmp_path, capsys):
+    for name, value in ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"):
+        monkeypatch.setenv(name, value)
+    arguments = ["tiny", "--tasks", "1", "--max_turns", "1", "--out", str(tmp_path / "eval.json")]
+    refused(evaluation.main, arguments, "start it without torchrun", capsys)
+
+
 def test_a_checkpoint_is_played_under_its_runs_settings_and_apart_from_the_run_under_defaults(
         capsys, run_folder, tmp_path):
     checkpoint, common = str(run_folder / "checkpoint-0"), sdar.Config

@@ -132,7 +132,9 @@ def test_a_checkpoint_is_evaluated_trained_further_and_merged(straight, tmp_path
     refused(merge.main, [str(whole), str(tmp_path / "again")], "nothing to merge", capsys)
     unmerged = sdar.load_policy(config(model=str(checkpoint), **RANK))
     merged = sdar.load_policy(config(model=str(whole)))
-    assert same(dict(lora.merged_weights(unmerged.model)), dict(merged.model.named_parameters()))
+    for _ in ("as it is trained", "frozen, as in an evaluation"):
+        assert same(dict(lora.merged_weights(unmerged.model)), dict(merged.model.named_parameters()))
+        unmerged.model.requires_grad_(False)
     logp = [sdar.response_logp(policy, policy.model, rows, config()) for policy in (unmerged, merged)]
     assert max(abs(a - b) for row in rows for a, b in zip(logp[0][row], logp[1][row])) < 1e-5
     run = tmp_path / "run"

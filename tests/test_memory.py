@@ -56,6 +56,14 @@ def test_a_frozen_base_has_neither_gradients_nor_optimiser_state_nor_bf16_casts(
     assert "reference" not in adapter["always"] and [memory.held(p) for p in policies] == [4 * 151936 * 896, 0]
 
 
+def test_layers_that_differ_in_width_count_as_the_widest():
+    from transformers import Gemma3nTextConfig, Gemma4TextConfig
+    of = lambda config: memory.shape_of(types.SimpleNamespace(config=config))
+    assert of(Gemma3nTextConfig(num_hidden_layers=3, intermediate_size=[32, 64, 48])).wide == 64
+    one = Gemma4TextConfig(num_attention_heads=2, head_dim=8, global_head_dim=16, num_key_value_heads=1)
+    assert (of(one).query, of(one).keys) == (2 * 16, 2 * 16)
+
+
 def test_bounds_of_the_kernels_are_those_that_predictions_use():
     assert (memory.KEPT_LOGITS, memory.CHUNK) == (kernels.KEEP_BYTES, kernels.GPU_CHUNK)
 

@@ -180,6 +180,23 @@ def test_what_fails_in_one_process_ends_all_with_one_sentence(what, model_folder
     assert place is None or "--resume" in errors[0]
 
 
+def test_nan_in_one_processs_part_of_the_weights_is_named(model_folder, tmp_path):
+    def before(rank):
+        step = sdar.optimizer_step
+
+        def spoil(model, *others):  # the first of two updates
+            norm = step(model, *others)
+            model.get_input_embeddings().weight.detach().to_local().fill_(float("nan") if rank else 0.1)
+            return norm
+
+        sdar.optimizer_step = spoil
+
+    arguments = flags(model_folder, tmp_path / "run", updates=2, steps=1, eval_every=0, eval_tasks=None)
+    statuses, written = run_ranks(arguments, tmp_path, before=before)
+    errors = [line for text in written for line in text.splitlines() if line.startswith("error: ")]
+    assert statuses == [2, 2] and len(errors) == 1 and "the weights hold NaN or infinity (model.embed" in errors[0]
+
+
 @pytest.mark.parametrize("number, to", [(signal.SIGTERM, (0, 1)), (signal.SIGINT, (1,))])
 def test_a_signal_to_any_process_saves_the_whole_steps_of_all_once(number, to, model_folder, tmp_path):
     run, end = tmp_path / "run", time.monotonic() + 120

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import eval as evaluation
 import sdar
+from conftest import flags, refused
 from lib import agreement, vllm_engine
 from lib.engine import TorchEngine, respond
 from lib.program import UserError
@@ -48,6 +50,18 @@ def test_the_engine_sleeps_where_half_of_what_training_leaves_is_too_little(free
     assert (size / GB, awake) == (pytest.approx(plan[0]), plan[1])
     with pytest.raises(UserError, match="no room for vLLM"):
         vllm_engine.cache_plan(1, 1, 1, 1)
+
+
+def test_a_temperature_that_vllm_changes_is_refused_before_anything_is_played(
+        monkeypatch, model_folder, tmp_path, capsys):
+    awake = SimpleNamespace(llm=SimpleNamespace(is_sleeping=lambda: False), stale=False, cache_bytes=0)
+    monkeypatch.setattr(vllm_engine, "VLLM", lambda *_: awake)
+    monkeypatch.setattr(sdar, "rollout", None)
+    for changes, value in ({"temperature": 3, "eval_every": 0, "eval_tasks": None}, 3), ({"eval_temperature": 5}, 5):
+        refused(sdar.main, flags(model_folder, tmp_path / "run", engine="vllm", **changes), f"not at {value}:", capsys)
+    refused(evaluation.main, [str(model_folder), "--engine", "vllm", "--temperature", "4", "--out",
+                              str(tmp_path / "eval.json")], "not at 4:", capsys)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
