@@ -164,10 +164,11 @@ def trained_head(shape, scored, policy):
 
 def sampling(cfg, shape, policy):
     """Bytes by part while the engine of lib/engine.py generates cfg.rollout_batch responses side by side."""
-    from lib.cache import SPARE  # imports transformers, too
+    from lib.cache import SPARE, make_cache  # imports transformers, too
     each, rows = 2 if policy.autocast else 4, cfg.rollout_batch
     columns = cfg.max_prompt_tokens + cfg.max_response_tokens + SPARE
-    prompts = min(rows * cfg.max_prompt_tokens, max(PREFILL, cfg.max_prompt_tokens))
+    most = max(PREFILL, cfg.max_prompt_tokens) if make_cache(policy.model).joins else math.inf
+    prompts = min(rows * cfg.max_prompt_tokens, most)  # computed at once
     prefill = prompts * (passing(shape, policy.autocast) + shape.layers * shape.keys * each
                          + (each + 1) * cfg.max_prompt_tokens)  # its own cache, and its mask
     decode = rows * columns * 2 * shape.query * each  # keys and values of a layer, repeated for all heads

@@ -11,7 +11,7 @@ import torch
 import kernels
 import sdar
 from conftest import config, flags, refused
-from lib import memory, models
+from lib import cache, memory, models
 from lib.folders import read_settings
 from lib.program import UserError
 from tools import memory as tool
@@ -62,6 +62,14 @@ def test_layers_that_differ_in_width_count_as_the_widest():
     assert of(Gemma3nTextConfig(num_hidden_layers=3, intermediate_size=[32, 64, 48])).wide == 64
     one = Gemma4TextConfig(num_attention_heads=2, head_dim=8, global_head_dim=16, num_key_value_heads=1)
     assert (of(one).query, of(one).keys) == (2 * 16, 2 * 16)
+
+
+def test_where_rows_join_an_empty_cache_alone_all_their_prompts_count(policy, monkeypatch):
+    cfg = config(rollout_batch=512, max_prompt_tokens=4096)
+    bounded = memory.sampling(cfg, memory.shape_of(policy.model), policy)
+    monkeypatch.setattr(cache, "make_cache", lambda model: cache.Grown())
+    whole = memory.sampling(cfg, memory.shape_of(policy.model), policy)
+    assert whole["activations"] == bounded["activations"] * 512 * 4096 // memory.PREFILL
 
 
 def test_bounds_of_the_kernels_are_those_that_predictions_use():
