@@ -446,7 +446,7 @@ def run_of(folder, method, seed, points, **settings):
 
 def test_learning_curves_are_grouped_by_method_with_bands_over_seeds(tmp_path, capsys):
     kinds = [("grpo", 0.2, {}), ("grpo", 0.3, {}), ("grpo", 0.7, {}), ("sdar", 0.5, {"sdar_coef": 1.0}),
-             ("sdar", 0.9, {"sdar_coef": 1.0}), ("sdar", 0.4, {})]
+             ("sdar", 0.9, {"sdar_coef": 1.0}), ("sdar", 0.4, {"sdar_coef": 0.01})]
     found = [run_of(tmp_path / str(seed), method, seed, {0: 0.1, 10: value, 20 + seed: 0.9}, **more)
              for seed, (method, value, more) in enumerate(kinds)]
     out = tmp_path / "c.png"
