@@ -476,7 +476,7 @@ def fit_prompt(chat, cfg, context, skills=""):
 
 
 def teacher_ids(chat, cfg, turn, skills):
-    """The teacher's prompt of a turn: the same context and the skills, which are never cut."""
+    """The teacher's prompt of a turn: the same context and the skills, which only --teacher_prompt raw cuts."""
     if cfg.teacher_prompt == "message":
         return chat.prompt(render(cfg, turn.context, skills))
     raw = chat.encode(f"[Privileged Skill Information]\n{skills}\n\n") + turn.prompt_ids
@@ -665,8 +665,8 @@ def rollout(policy, environments, tasks, cfg, *, temperature=None, skills=None, 
 
 
 def play(policy, running, cfg, temperature, skills):
-    """Every episode at its own pace, until it is over or out of turns: a response that ends steps its environment at
-    once, between two tokens of the others. A retriever's searches run while others are generated."""
+    """Plays every episode at its own pace until it is over or out of turns: a response that ends steps its environment
+    at once, between two tokens of the others. A retriever's searches run while others are generated."""
     engine, pending = policy.engine(cfg, temperature), {}  # pending: {an environment's answer to come: its turn}
     pool = ThreadPoolExecutor(SEARCHES)
     begin = pool.submit if cfg.retriever else at_once
@@ -737,7 +737,7 @@ def turn_prompt(chat, cfg, running, skills):
 
 
 def read_response(chat, cfg, context, prompt_ids, response):
-    """-> a Turn with the action that the response asks for; the environment says later whether that exists."""
+    """-> a Turn with the action that the response asks for; whether it is possible the environment says later."""
     text = chat.response_text(response.ids[:-1] if response.stop == "end" else response.ids)
     action, valid = envs.parse_action(cfg.env, text, official=not cfg.check_admissible)
     return Turn(context, prompt_ids, response, text, action, valid)
@@ -891,7 +891,7 @@ def routed(cfg, analysis, number):
 
 
 def pack_rows(policy, groups, teacher=False):
-    """teacher: behind the teacher's prompts."""
+    """Groups of rows -> lib.packing.Pack; teacher: behind the teacher's prompts."""
     prompts = [group[0].teacher_ids if teacher else group[0].prompt_ids for group in groups]
     return pack(prompts, [[row.response_ids for row in group] for group in groups], policy.device)
 
@@ -910,13 +910,13 @@ def split_tokens(rows, values):
     return [part.tolist() for part in values.detach().float().cpu().split([len(row.response_ids) for row in rows])]
 
 
-def join_tokens(rows, lists, device):
-    """A list of numbers per row -> [N]."""
-    return torch.tensor([x for row in rows for x in lists[row]], dtype=torch.float32, device=device)
+def join_tokens(rows, by_row, device):
+    """by_row: {row: a number per response token} -> those of the rows [N]."""
+    return torch.tensor([x for row in rows for x in by_row[row]], dtype=torch.float32, device=device)
 
 
 def repeat_tokens(rows, value, device):
-    """A function of a row -> [N], the same number for each of its tokens."""
+    """value(row) for each of the row's response tokens -> [N]."""
     return join_tokens(rows, {row: [value(row)] * len(row.response_ids) for row in rows}, device)
 
 
@@ -1098,7 +1098,8 @@ def learning_rate(cfg, step):
 
 
 def optimizer_step(model, optimizer, lr, cfg, metrics):
-    """-> the gradient's norm before clipping. Raises UserError, and changes nothing, if it is not finite."""
+    """-> the gradient's norm before clipping. If that is not finite it changes nothing and raises UserError, with the
+    cause that the step's metrics so far suggest."""
     norm = parallel.full(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)).item()
     health.check_finite(norm, model, metrics)
     for group in optimizer.param_groups:

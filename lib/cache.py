@@ -8,13 +8,14 @@ SPARE = 128  # columns beyond those in use when a window is made: it moves after
 
 
 def make_cache(model):
-    """An empty Window, or Grown for a model that keeps more than keys and values of each token (Mamba, an index)."""
+    """An empty Window, or Grown for a model that keeps more than each token's keys and values (such as Mamba's)."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     return Window(model) if kinds <= {DynamicLayer, DynamicSlidingWindowLayer} else Grown()
 
 
 class Window:
-    """Row r of the batch is place r of each layer's buffers, and the next token of every row goes to column `end`:
+    """Row r of the batch is place r of each layer's buffers [places, heads, columns, head size]. The next token of each
+    row goes to column `end`:
 
         place 0    . . . a a a a a a |        Columns first to end are in use. What is left of a row's first token is
         place 1    b b b b b b b b b |        padding, as in any batch that is padded on the left. A row that joins
@@ -35,7 +36,7 @@ class Window:
         self.make_room(prefilled, max(lengths), len(lengths))
         rows = slice(len(self.starts), len(self.starts) + len(lengths))
         for layer, more in zip(self.cache.layers, prefilled.layers):
-            if more.keys is None:  # a layer that uses another's
+            if more.keys is None:  # a layer that reads another's
                 continue
             width = more.keys.shape[2]  # of a layer with a sliding window: its last columns alone
             for buffer, some in (layer.keys, more.keys), (layer.values, more.values):
@@ -45,7 +46,8 @@ class Window:
 
     def make_room(self, like=None, longest=0, count=0):
         """Makes room for `count` more rows of `longest` tokens, and then for one token more of every row: moves the
-        columns in use to the start of the buffers, which grow if they must. like: a cache whose tensors they hold."""
+        columns in use to the start of the buffers, which grow if they must. like: a cache with their heads, head
+        size and dtype."""
         rows, width = len(self.starts), self.end - self.first
         places, columns = next((layer.keys.shape[::2] for layer in self.cache.layers if layer.keys is not None), (0, 0))
         if rows + count <= places and longest <= self.end < columns:
@@ -59,8 +61,8 @@ class Window:
         self.first, self.end = end - width, end
 
     def keep(self, rows):
-        """Only these rows stay, which are in order -> in their new order: the last ones fill the places of those that
-        leave."""
+        """Keeps these rows alone, which ascend -> the same rows in their new order: the last ones fill the places of
+        those that leave."""
         order = list(range(len(rows)))
         holes, movers = sorted({*order} - {*rows}), [row for row in rows if row >= len(rows)]
         for hole, mover in zip(holes, movers):
@@ -84,7 +86,7 @@ class InPlace(DynamicLayer):
 
     def move(self, like, shape, rows, source, target):
         """The first `rows` places of the columns `source` go to the columns `target` of buffers [places, heads,
-        columns, size]. Zeros are elsewhere: NaN times a weight of 0 would be NaN."""
+        columns, head size]. Zeros are elsewhere: NaN times a weight of 0 would be NaN."""
         for name, some in ("keys", like.keys), ("values", like.values):
             old = getattr(self, name)
             buffer = old
@@ -95,7 +97,7 @@ class InPlace(DynamicLayer):
             setattr(self, name, buffer)
 
     def update(self, keys, values, *args, **kwargs):
-        """Writes the next token's keys and values [rows, heads, 1, size] -> those of all columns in use."""
+        """Writes the next token's keys and values [rows, heads, 1, head size] -> those of all columns in use."""
         rows, end, used = len(keys), self.window.end, slice(self.window.first, self.window.end + 1)
         self.keys[:rows, :, end], self.values[:rows, :, end] = keys[:, :, 0], values[:, :, 0]
         return self.keys[:rows, :, used], self.values[:rows, :, used]
@@ -105,7 +107,7 @@ class InPlace(DynamicLayer):
 
 
 class Grown:
-    """The same interface over transformers' own cache, which rows leave, but join only when it is empty."""
+    """The same interface over transformers' own cache: rows leave it at any time, but join only when it is empty."""
 
     joins = False
 

@@ -8,6 +8,7 @@ An engine has three methods:
 """
 
 import inspect
+import random
 from collections import deque
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ import torch
 
 from lib import models, progress
 
-SHARE = 1 / 8  # of all places: as many prompts wait, and places are free, before a prefill interrupts the others
-PREFILL = 2**16  # prompt tokens, padding included, that are computed at once: their activations take memory
+SHARE = 1 / 8  # of all places: a prefill, which holds up the others, waits until so many prompts can join at once
+PREFILL = 2**16  # most prompt tokens, padding included, that are computed at once: their activations take memory
 
 
 class Response(NamedTuple):
@@ -31,9 +32,9 @@ class InProgress(NamedTuple):
     """A response that is being generated."""
 
     key: object
-    prompt: tuple
-    noise: object
-    ids: list
+    prompt: tuple  # ids
+    noise: random.Random
+    ids: list  # sampled so far
     logp: list
 
 
@@ -62,24 +63,24 @@ class TorchEngine:
         self.window = make_cache(self.model)
         renamed = "cache" in inspect.signature(self.model.forward).parameters  # since transformers 5.24
         self.argument = "cache" if renamed else "past_key_values"
-        self.waiting, self.answers = deque(), []  # answers: in progress, row by row of the window
+        self.waiting, self.active = deque(), []  # active: InProgress, row by row of the window
 
     def submit(self, key, prompt, noise):
         self.waiting.append(InProgress(key, prompt, noise, [], []))
 
     def __len__(self):
-        return len(self.waiting) + len(self.answers)
+        return len(self.waiting) + len(self.active)
 
     @torch.no_grad()
     def step(self):
-        logits = [self.decode()] if self.answers else []
+        logits = [self.decode()] if self.active else []
         if self.is_prefill_due():
             logits.append(self.prefill())
         return self.draw(torch.cat(logits)) if logits else []
 
     def is_prefill_due(self):
-        ready = min(len(self.waiting), self.places - len(self.answers))
-        if self.answers and not self.window.joins:
+        ready = min(len(self.waiting), self.places - len(self.active))
+        if self.active and not self.window.joins:
             return False
         return ready > 0 and ready >= SHARE * min(self.places, len(self))
 
@@ -96,7 +97,7 @@ class TorchEngine:
         window.make_room()
         starts = torch.tensor(window.starts, device=device)[:, None]  # [rows, 1]
         real = (torch.arange(window.first, window.end + 1, device=device) >= starts).long()  # [rows, columns in use]
-        token = torch.tensor([answer.ids[-1:] for answer in self.answers], device=device)
+        token = torch.tensor([answer.ids[-1:] for answer in self.active], device=device)
         logits = self.forward(token, real, window.end - starts, window.cache)
         window.end += 1
         return logits
@@ -104,7 +105,7 @@ class TorchEngine:
     def prefill(self):
         """Prompts that waited join, each different one computed once -> the logits after them [rows, V]."""
         joining = []
-        while self.waiting and len(joining) + len(self.answers) < self.places and self.fits(joining):
+        while self.waiting and len(joining) + len(self.active) < self.places and self.fits(joining):
             joining.append(self.waiting.popleft())
         unique = list(dict.fromkeys(answer.prompt for answer in joining))
         number_of, longest = {prompt: number for number, prompt in enumerate(unique)}, max(map(len, unique))
@@ -115,22 +116,22 @@ class TorchEngine:
         logits = self.forward(ids, real, (real.cumsum(1) - 1).clamp(min=0), cache)
         which = torch.tensor([number_of[answer.prompt] for answer in joining], device=device)
         self.window.add(cache, which, [len(answer.prompt) for answer in joining])
-        self.answers += joining
+        self.active += joining
         return logits[which]
 
     def fits(self, joining):
-        """Whether the next prompt may be computed together with those that are joining. Where rows join an empty cache
-        alone, all must come at once."""
+        """Whether the next prompt may be computed together with those that are joining. Always, if rows can only join
+        an empty cache: then all must come at once."""
         prompts = {answer.prompt for answer in (*joining, self.waiting[0])}
         return not joining or not self.window.joins or len(prompts) * max(map(len, prompts)) <= PREFILL
 
     def draw(self, logits):
-        """Logits [rows, V] -> a token more of each response in progress; those that end leave."""
+        """Draws a token of each response in progress from logits [rows, V] -> [(key, Response)] of those that end."""
         logprobs = (logits / (self.temperature or 1.0)).log_softmax(-1)  # [rows, V]
-        token = models.draw_tokens(logprobs, self.temperature, [answer.noise for answer in self.answers])  # [rows, 1]
+        token = models.draw_tokens(logprobs, self.temperature, [answer.noise for answer in self.active])  # [rows, 1]
         chosen, ended = logprobs.gather(1, token)[:, 0], torch.isin(token[:, 0], self.stop_ids)
         finished, staying = [], []
-        for row, (answer, t, lp, end) in enumerate(zip(self.answers, token[:, 0].tolist(), chosen.tolist(),
+        for row, (answer, t, lp, end) in enumerate(zip(self.active, token[:, 0].tolist(), chosen.tolist(),
                                                        ended.tolist())):
             answer.ids.append(t)
             answer.logp.append(lp)
@@ -140,6 +141,6 @@ class TorchEngine:
             else:
                 staying.append(row)
         if finished:
-            self.answers = [self.answers[row] for row in self.window.keep(staying)]
-        progress.tell(f"{len(self.answers)} responses in progress")
+            self.active = [self.active[row] for row in self.window.keep(staying)]
+        progress.tell(f"{len(self.active)} responses in progress")
         return finished

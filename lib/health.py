@@ -11,7 +11,7 @@ from lib.program import UserError
 # --------------------------------------------------------------------------------------------------- memory and disk
 
 def forecast(cfg, folder, policy):
-    """Parameters, memory by part and disk of a run that is about to start -> lines of text. Warns if either is short.
+    """Parameters, memory by part and disk of a run that is about to start -> text. Warns if either does not suffice.
 
     For the bundled model, which is small: "".
     """

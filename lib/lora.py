@@ -100,8 +100,8 @@ def base_of(folder):
 
 
 def load(model, folder, merge):
-    """The base model -> the model with the adapter of a folder: merged into its weights, which then are trained, or
-    apart, to be trained. Raises UserError if the two do not belong together."""
+    """The base model -> the model with the adapter of a folder: merged into the weights, which are then trained, or
+    beside them, to be trained itself. Raises UserError if the two do not belong together."""
     peft = optional("peft", "peft")
     before = fingerprint(model)
     with safe_open(Path(folder) / WEIGHTS, "pt") as file:

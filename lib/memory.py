@@ -43,7 +43,7 @@ def shape_of(model):
         return max(itertools.chain(*(one if isinstance(one, list | tuple) else [one or 0] for one in found))) or default
 
     hidden, heads = config.hidden_size, widest("num_attention_heads", 1)
-    size = widest("head_dim", hidden // heads)
+    size = widest("head_dim", hidden // heads)  # of a head
     keys = 2 * size * widest("num_key_value_heads", heads)
     return Shape(config.num_hidden_layers, hidden, heads, heads * size, keys, widest("intermediate_size", 4 * hidden),
                  config.vocab_size)
@@ -70,7 +70,7 @@ def predict(cfg, policy):
     """
     shape = shape_of(policy.model)
     trained = 4 * sum(own(p).numel() for p in policy.model.parameters() if p.requires_grad)
-    siblings = most_siblings(cfg)
+    siblings = sibling_tokens(cfg)
     tokens = max(cfg.micro_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)  # of a micro-batch
     scored = tokens * siblings // (cfg.max_prompt_tokens + siblings)  # those of responses
     always = {"weights": bytes_of(policy.model), "AdamW": 2 * trained}
@@ -102,7 +102,7 @@ def vllm_bytes(policy):
 
 
 def peak(parts):
-    """The most that is there at once, of what `predict` gives."""
+    """The most bytes that are allocated at once, of what `predict` gives."""
     return sum(parts["always"].values()) + max(sum(parts[phase].values()) for phase in parts if phase != "always")
 
 
@@ -112,8 +112,8 @@ def larger(**parts):
     return {name: parts[name]}
 
 
-def most_siblings(cfg):
-    """Tokens of the responses that can share one prompt: those of a group, within the bound of lib.packing."""
+def sibling_tokens(cfg):
+    """The most response tokens that can share one prompt: those of a group, within the bound of lib.packing."""
     return min(4 * cfg.max_prompt_tokens, cfg.group_size * cfg.max_response_tokens)
 
 
@@ -136,7 +136,7 @@ def kept(shape, autocast):
 def activations(cfg, shape, tokens, autocast):
     """Bytes of a micro-batch's activations that autograd keeps, and of the mask of packed rows."""
     layer = 4 * shape.hidden if cfg.recompute else kept(shape, autocast)
-    mask = (3 if autocast else 5) * min(tokens, cfg.max_prompt_tokens + most_siblings(cfg))
+    mask = (3 if autocast else 5) * min(tokens, cfg.max_prompt_tokens + sibling_tokens(cfg))
     return tokens * (layer * shape.layers + 8 * shape.hidden + mask)  # 8: the last norm's
 
 
@@ -180,19 +180,19 @@ def sampling(cfg, shape, policy):
 # ------------------------------------------------------------------------------------------------ what follows from it
 
 def choose_micro_tokens(cfg, policy):
-    """What --micro_tokens auto stands for: on a GPU the largest of MICRO_TOKENS for which what is not there yet, beside
-    the models and vLLM, fits into what is free; at least the first of them. Elsewhere the default."""
+    """What --micro_tokens auto stands for: on a GPU the largest of MICRO_TOKENS with which all that is still to be
+    allocated, beside the models and vLLM, fits into what is free; at least the first of them. On a CPU the default."""
     if policy.device.type != "cuda":
         return type(cfg)().micro_tokens
     unused = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
     room = USABLE * (torch.cuda.mem_get_info(policy.device)[0] + unused)
 
-    def missing(size):
+    def to_come(size):
         parts = predict(replace(cfg, micro_tokens=size), policy)
-        there = sum(parts["always"].values()) - parts["always"]["AdamW"] + parts["sampling"].get("vLLM", 0)
-        return peak(parts) - there
+        allocated = sum(parts["always"].values()) - parts["always"]["AdamW"] + parts["sampling"].get("vLLM", 0)
+        return peak(parts) - allocated
 
-    fitting = [size for size in MICRO_TOKENS if missing(size) <= room]
+    fitting = [size for size in MICRO_TOKENS if to_come(size) <= room]
     return max(fitting, default=MICRO_TOKENS[0])
 
 
@@ -207,7 +207,7 @@ def offloaded(policy):
 
 @contextlib.contextmanager
 def on_device(model, device):
-    """Within the block the model's weights are on the device; what waits elsewhere returns there."""
+    """Within the block the model's weights are on the device; afterwards they are where they were before."""
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, torch.nn.Module) else []  # not lora.Base's
     home = [tensor.data for tensor in tensors]
     try:

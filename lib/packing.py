@@ -9,7 +9,7 @@ import torch
 
 
 class Pack(NamedTuple):
-    """Packed sequences, padded on the right, and where their response tokens are."""
+    """S packed sequences, padded on the right to length L, and where their N response tokens are."""
 
     ids: torch.Tensor  # [S, L]
     positions: torch.Tensor  # [S, L]
@@ -68,25 +68,26 @@ def micro_batches(rows, micro_tokens, packs=True):
 
 
 def shared_prefix_groups(rows, micro_tokens):
+    """Yields lists of rows with one prompt, cut where a packed sequence would become too long."""
     shared = defaultdict(list)
     for row in rows:
         shared[row.prompt_ids].append(row)
     for members in shared.values():
-        room, group, prompt = 0, [], len(members[0].prompt_ids)
+        used, group, prompt = 0, [], len(members[0].prompt_ids)  # used: tokens of the group's responses
         for row in members:  # masked attention to siblings is wasted: beyond four prompts' length it outweighs sharing
-            if group and room + len(row.response_ids) > min(4 * prompt, micro_tokens - prompt):
+            if group and used + len(row.response_ids) > min(4 * prompt, micro_tokens - prompt):
                 yield group
-                room, group = 0, []
+                used, group = 0, []
             group.append(row)
-            room += len(row.response_ids)
+            used += len(row.response_ids)
         yield group
 
 
 def teacher_parts(micro_batch, micro_tokens):
-    """A micro-batch -> lists of groups with one teacher's prompt each, the rows in the same order.
+    """A micro-batch -> lists of groups, each of which has one teacher prompt; the rows keep their order.
 
-    One list, unless prompts differ within a student's group: what siblings shared there comes once for each, so that
-    the rows are dealt out to lists of at most micro_tokens padded tokens, or of a single group.
+    One list, unless teacher prompts differ within a student's group. Then the prompt that siblings share there comes
+    once for each, so the groups are dealt out to lists of at most micro_tokens padded tokens, or of a single group.
     """
     groups = [list(alike) for group in micro_batch
               for _, alike in itertools.groupby(group, lambda row: row.teacher_ids)]
@@ -102,6 +103,6 @@ def teacher_parts(micro_batch, micro_tokens):
 
 
 def width(group, prompt=None):
-    """Length of a group's packed sequence: the student's, since the teacher does not change how rows are batched, or
-    that behind another prompt."""
+    """Length of a group's packed sequence behind `prompt`, by default the student's: the teacher does not change how
+    rows are batched."""
     return len(prompt or group[0].prompt_ids) + sum(len(row.response_ids) for row in group)

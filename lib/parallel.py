@@ -28,8 +28,8 @@ WORLD = SimpleNamespace(
 
 
 def launched(program):
-    """program(argv), as one of the run's processes if torchrun started it: output is rank 0's, and of several processes
-    that fail the first says why."""
+    """-> program(argv), as one of the run's processes if torchrun started it: rank 0 alone prints, and of several
+    processes that fail the first says why."""
     def run(argv):
         if "LOCAL_RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1":
             return program(argv)
@@ -130,7 +130,7 @@ def share(tasks, whole=1):
 
 
 def spread(items, others=lambda item: None):
-    """A list of which each process has a share, whole: own items, and others(item) for those of the others."""
+    """The whole of a list of which each process has a share: its own items, and others(item) for all others."""
     lists = everywhere(list(map(others, items)))
     lists[WORLD.rank] = items
     return list(itertools.chain(*lists))

@@ -6,7 +6,7 @@
     python -m tools.study --part A --env search --rates 3e-5 1e-4 3e-4     grpo's training success by learning rate
     python -m tools.study --quick                    two arms, one seed, two steps: does everything work?
 
-Part A is poor in signal: 2 tasks x 4 episodes per step. Part B has the full batches of the bundled model's defaults.
+Part A is poor in signal: 2 tasks x 4 episodes per step. Part B has full batches: 8 x 8, in ALFWorld 4 x 8.
 An arm is a method with its settings; each (arm, seed) is one run of sdar.py, in runs/study/<part>/<env>/<arm>/<seed>.
 After each run study.json is written: what it holds is not run again unless its settings have changed.
 """

@@ -43,7 +43,7 @@ def final(run, threshold=None):
 
 def steps_to(run, threshold):
     """The step at which the curve first reaches the threshold, on straight lines between its evaluations; if it never
-    does its last step, a lower bound."""
+    does, its last step, a lower bound."""
     curve = run["evaluation"]
     if curve[0][1] >= threshold:
         return curve[0][0]
@@ -53,7 +53,7 @@ def steps_to(run, threshold):
     return curve[-1][0]
 
 
-MEASURES = {  # function, its words, digits shown
+MEASURES = {  # function of (record, threshold), its words, digits shown
     "area": (area, "Area under the evaluation curve", 3),
     "training": (training, "Success of the training rollouts, mean of all steps (skill_grpo's see skills)", 3),
     "final": (final, "Success after the last step", 3),
@@ -165,14 +165,13 @@ def tables(records):
 
 
 def regime_text(runs):
-    """A regime in words: its size, its share of zero-variance groups, what its runs took; runs: {arm: {seed: record}}.
-    """
+    """A regime in words: size, share of zero-variance groups, what its runs took; runs: {arm: {seed: record}}."""
     groups = [one["zero_variance"] for one in runs.get("grpo", {}).values()]
-    runs = [one for by_seed in runs.values() for one in by_seed.values()]
-    flags = runs[0]["flags"]
+    records = [one for by_seed in runs.values() for one in by_seed.values()]
+    flags = records[0]["flags"]
     poor = f"; {mean(groups):.0%} of grpo's groups have zero variance" if groups else ""
     return (f"{flags['tasks']} tasks x {flags['group_size']} episodes, {flags['steps']} steps, learning rate "
-            f"{flags['lr']:g}{poor}. {len(runs)} runs, {mean(one['seconds'] for one in runs):.0f} s each.")
+            f"{flags['lr']:g}{poor}. {len(records)} runs, {mean(one['seconds'] for one in records):.0f} s each.")
 
 
 def table(rows, with_reached, digits, base="grpo"):
@@ -235,12 +234,12 @@ def draw_front(records, path):
 def draw_curves(pane, runs, title):
     for arm, color in COLORS.items():
         if arm in runs:
-            lines = [one["evaluation"] for one in runs[arm].values()]
-            steps, points = [step for step, _ in lines[0]], zip(*([success for _, success in line] for line in lines))
+            curves = [one["evaluation"] for one in runs[arm].values()]
+            steps, points = [step for step, _ in curves[0]], zip(*([success for _, success in one] for one in curves))
             centers, lows, highs = zip(*map(statistics.t_interval, points))
             pane.plot(steps, centers, "--" if arm in CONTROLS else "-", color=color, marker="o", ms=3,
-                      label=f"{arm}, {len(lines)} seed{'s' * (len(lines) > 1)}")
-            if len(lines) > 1:
+                      label=f"{arm}, {len(curves)} seed{'s' * (len(curves) > 1)}")
+            if len(curves) > 1:
                 pane.fill_between(steps, lows, highs, color=color, alpha=0.12, lw=0)
     pane.set(xlabel="training step", ylabel="success on unseen tasks, T=0.4")
     pane.set_ylim(0, min(1, pane.get_ylim()[1]))
