@@ -376,7 +376,7 @@ def draw_curve(run, cfg):
              title=f"{method_name(vars(cfg))} on {cfg.env} ({data_label(cfg.data)})".replace("$", r"\$"))  # no formula
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend()
     figure.tight_layout()
     figure.savefig(run / "curve.png", dpi=120)
     pyplot.close(figure)
