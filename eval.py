@@ -12,7 +12,7 @@
       all          128  0.773 [0.694, 0.837]    0.950 [0.934, 0.966]           4.7       0.002       0.000
 
     with - without skills, paired by task
-      success +0.695 [+0.617, +0.773]  p 3.23e-27 (McNemar)  a difference; 4 tasks would show it (80 % power)
+      success +0.695 [+0.617, +0.773]  p 3.23e-27 (McNemar)  a difference; 6 tasks would show it (80 % power)
 
     python eval.py --show eval-tiny-webshop.json --lost       what the agent saw and said, turn by turn
     python eval.py --view runs/webshop-sdar-0                 a page of its episodes, tokens coloured by gap and gate
@@ -51,7 +51,7 @@ from lib.viewer import write_page
 
 # ------------------------------------------------------------------------------------------------------- one evaluation
 
-# Settings of sdar.Config that decide an episode, and all that are flags here under the same names.
+# SETTINGS decide an episode; FLAGS are all settings of sdar.Config that are flags here.
 SETTINGS = ("env", "data", "human_goals", "retriever", "skills", "retrieval", "max_turns", "history", "prompt",
             "history_observations", "max_prompt_tokens", "max_response_tokens", "check_admissible", "seed", "dtype")
 SAMPLING = ("eval_split", "eval_tasks", "eval_temperature")  # flags with names of their own here
@@ -74,7 +74,7 @@ def evaluation_config(model, explicit):
     cfg = dataclasses.replace(run, **explicit)
     if cfg.retrieval in ("none", "ucb"):  # no teacher, or one whose choices are not known here: the usual skills
         cfg.retrieval = sdar.Config.retrieval
-    # the others decide nothing of an evaluation, or are idle in the run alone
+    # these alone are checked: any other may be idle in the training run and not here
     sdar.validate(cfg, flags.keys() & {"retriever", "history_observations", "human_goals"})
     return cfg
 
@@ -104,7 +104,7 @@ def play(player, cfg, environments, tasks, repeats, skills, condition):
     outcomes, lines = [], []
     for repeat in range(repeats):
         episodes = sdar.rollout(player, environments, tasks, cfg, temperature=cfg.eval_temperature, skills=skills,
-                           seed=cfg.seed + 1_000_003 * repeat, doing=CONDITIONS[condition])
+                                seed=cfg.seed + 1_000_003 * repeat, doing=CONDITIONS[condition])
         outcomes += [{"task_id": e.task.group, "task_type": e.task_type, "repeat": repeat, "won": e.won,
                       "score": e.score, "turns": len(e.turns), "invalid": sum(not t.valid for t in e.turns),
                       "done": e.done, "errors": e.errors} for e in episodes]

@@ -150,7 +150,7 @@ def sdar_loss(logp, teacher_logp, mask, *, beta=5.0, num_tokens=None, surrogate=
 
 # ------------------------------------------------------------------------------------------------------------- settings
 
-# A method is a row of settings; nothing else depends on its name. The rivals' formulas are in lib/baselines.py.
+# A method is a row of settings; nothing else depends on its name. The baselines' formulas are in lib/baselines.py.
 
 NO_TEACHER = {"sdar_coef": 0.0, "teacher": "none", "retrieval": "none"}
 METHODS = {
@@ -480,7 +480,7 @@ def teacher_ids(chat, cfg, turn, skills):
     if cfg.teacher_prompt == "message":
         return chat.prompt(render(cfg, turn.context, skills))
     raw = chat.encode(f"[Privileged Skill Information]\n{skills}\n\n") + turn.prompt_ids
-    return raw[-cfg.max_prompt_tokens:]  # the released code's left cut: the skills go first
+    return raw[-cfg.max_prompt_tokens:]  # the released code cuts from the left: the skills first
 
 
 # --------------------------------------------------------------------------------------------------------------- policy
@@ -1006,12 +1006,13 @@ def step_loss(policy, cfg, micro_batch, num_tokens, frozen):
         terms["kl/loss"] = cfg.kl_coef, kl_loss(logp, ref_logp, mask, num_tokens=num_tokens)
     gaps = {}
     if cfg.teacher != "none":
-        taught = repeat_tokens(rows, lambda row: row.source != "", logp.device)
-        distill, more = distillation(cfg, tokens, old_logp, taught, num_tokens)
+        distilled = repeat_tokens(rows, lambda row: row.source != "", logp.device)  # [N]
+        distill, more = distillation(cfg, tokens, old_logp, distilled, num_tokens)
         terms["sdar/loss"] = cfg.sdar_coef, distill
         metrics |= more
         gaps = dict(zip(rows, zip(split_tokens(rows, tokens.gap), split_tokens(rows, tokens.gate))))
-    loss = sum((coef * value for coef, value in terms.values() if coef), start=0.0 * pg)  # eq. (5)
+    # eq. (5); 0 * pg gives a loss with a graph even where every coefficient is 0
+    loss = sum((coef * value for coef, value in terms.values() if coef), start=0.0 * pg)
     return loss, metrics | {name: value.detach() for name, (_, value) in terms.items()}, gaps
 
 

@@ -1,4 +1,4 @@
-"""The rivals' formulas, for any trainer: each of the four functions needs torch alone, and no other function here
+"""The baselines' formulas, for any trainer: each of the four functions needs torch alone, and no other function here
 except `relative`, which goes with the first.
 
     gigpo_advantages   GiGPO, arXiv 2505.10978   turns from equal states are compared with each other too
@@ -6,9 +6,9 @@ except `relative`, which goes with the first.
     skill_sd_loss      Skill-SD                  an importance-weighted k3 estimate of KL(student || teacher) as a loss
     opid_advantages    OPID, arXiv 2606.26790    the log-prob shift under hindsight skills is added to the advantage
 
-R turns of a step · B rows · T response tokens of a row. Eq. (1) is sdar.py's, and Agg(z) the sum of z over all response
-tokens of an optimiser step divided by their number. The last three functions also take flattened tokens, [N] for each
-[B, T] and for advantages. What is masked may be anything, NaN and infinities too.
+R turns of a step · E episodes · B rows · T response tokens of a row. Eq. (1) is sdar.py's, and Agg(z) the sum of z over
+all response tokens of an optimiser step divided by their number. The last three functions also take flattened tokens,
+[N] for each [B, T] and for advantages. What is masked may be anything, NaN and infinities too.
 """
 
 import torch
@@ -34,9 +34,9 @@ def gigpo_advantages(rewards, episodes, groups, observations, *, gamma=0.95, wei
     rewards = torch.as_tensor(rewards)
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     episodes, groups = (x.tolist() if isinstance(x, torch.Tensor) else x for x in (episodes, groups))
-    turns = list(zip(groups, episodes))
-    number = {episode: i for i, episode in enumerate(sorted(set(turns)))}
-    owner = torch.tensor([number[turn] for turn in turns], dtype=torch.int64, device=rewards.device)  # [R]
+    pairs = list(zip(groups, episodes))
+    number = {episode: i for i, episode in enumerate(sorted(set(pairs)))}
+    owner = torch.tensor([number[pair] for pair in pairs], dtype=torch.int64, device=rewards.device)  # [R]
     returns = rewards.new_zeros(len(number)).index_add_(0, owner, rewards)  # [E]
     to_go, discounted = [0.0] * len(number), []
     for reward, i in zip(reversed(rewards.tolist()), reversed(owner.tolist())):

@@ -29,7 +29,7 @@ LONGEST_PAUSE = 30.0
 PARALLEL = 16  # requests at a time
 GIVE_UP = 20  # requests in a row that have failed: then nothing works any more
 ANSWER_LIMIT = 1 << 20  # bytes
-PATIENCE = 0.05  # seconds
+PATIENCE = 0.05  # seconds that a step waits for an answer
 BUSY = (408, 409, 425, 429)  # worth another try, as every status from 500 on
 
 # Stands in for lib.models.Chat, since template and tokenizer are the server's: a text is one token.
@@ -171,7 +171,8 @@ class EndpointEngine:
         if server.failed_in_a_row >= GIVE_UP or not self.asked and not server.counts["answered"]:
             raise UserError(f"{server.shown} has stopped answering ({server.failed_in_a_row} requests in a row failed, "
                             f"the last one: {server.last_failure}): see to the server, then start the evaluation anew.")
-        return [(key, Response((text, "") if stop == "end" else (text,), (), stop))]
+        ids = (text, "") if stop == "end" else (text,)  # "" stands for the end-of-turn token
+        return [(key, Response(ids, (), stop))]
 
 
 def read_answer(data):

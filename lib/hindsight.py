@@ -1,4 +1,4 @@
-"""OPID's analysis of a step's episodes (arXiv 2606.26790): their stories, and how the policy is asked about them."""
+"""OPID's analysis of a step's episodes (arXiv 2606.26790): transcripts, and how the policy is asked about them."""
 
 import dataclasses
 import random
@@ -10,7 +10,7 @@ GAMMA = 0.95  # discount of the returns that an analyser sees
 MAX_TOKENS, TEMPERATURE = 256, 0.4  # of an analysis that the policy writes
 
 
-class Story(NamedTuple):
+class Transcript(NamedTuple):
     """All that an analyser may see of an episode."""
 
     task: str
@@ -18,12 +18,12 @@ class Story(NamedTuple):
     steps: list  # of analyser.Step
 
 
-def story(episode, reward):
-    """A finished sdar.Episode and its return -> Story."""
+def transcript(episode, episode_return):
+    """A finished sdar.Episode and its return -> Transcript."""
     last = len(episode.turns) - 1
-    steps = [Step(turn.observation, turn.text, turn.action, turn.valid, reward * GAMMA ** (last - number))
+    steps = [Step(turn.observation, turn.text, turn.action, turn.valid, episode_return * GAMMA ** (last - number))
              for number, turn in enumerate(episode.turns)]
-    return Story(episode.goal, episode.won, steps)
+    return Transcript(episode.goal, episode.won, steps)
 
 
 def analyse(policy, cfg, episodes, returns, sample):
@@ -31,9 +31,9 @@ def analyse(policy, cfg, episodes, returns, sample):
 
     By rules, or by the policy itself, as cfg.analyser says. sample: sdar.sample, by which the policy answers.
     """
-    stories = [story(*one) for one in zip(episodes, returns)]
+    transcripts = [transcript(*one) for one in zip(episodes, returns)]
     if cfg.analyser == "rules":
-        return [by_rules(cfg.env, *one) for one in stories]
+        return [by_rules(cfg.env, *one) for one in transcripts]
 
     def ask(messages):
         some = dataclasses.replace(cfg, max_response_tokens=MAX_TOKENS)
@@ -42,31 +42,31 @@ def analyse(policy, cfg, episodes, returns, sample):
         return dict(zip(messages, [policy.chat.response_text(answer.ids) for answer in answers]))
 
     most = MOST.get(cfg.env, 5)  # an environment from elsewhere has no script
-    return by_policy(ask, stories, most, lambda text: len(policy.chat.prompt(text)) <= cfg.max_prompt_tokens)
+    return by_policy(ask, transcripts, most, lambda text: len(policy.chat.prompt(text)) <= cfg.max_prompt_tokens)
 
 
-def by_policy(ask, stories, most, fits):
-    """The analysis of each story by the policy -> list of Analysis, None where it failed twice or is too long to tell.
+def by_policy(ask, transcripts, most, fits):
+    """The analysis of each by the policy -> list of Analysis, None where it failed twice or no message is short enough.
 
-    ask: ({number of a story: message}) -> {number: answer}; fits: whether a message is short enough for a prompt.
+    ask: ({number of a transcript: message}) -> {number: answer}; fits: whether a message is short enough for a prompt.
     """
-    found, failed = {}, dict.fromkeys(range(len(stories)), (None, ""))
+    found, to_ask = {}, dict.fromkeys(range(len(transcripts)), (None, ""))  # {number: (last error, last answer)}
     for _ in range(2):  # the second time it is shown its error
-        messages = {number: message for number, (error, answer) in failed.items()
-                    if (message := shortened(stories[number], most, fits, error, answer))}
-        failed = {}
+        messages = {number: message for number, (error, answer) in to_ask.items()
+                    if (message := shortened(transcripts[number], most, fits, error, answer))}
+        to_ask = {}
         for number, answer in ask(messages).items():
             try:
-                found[number] = parse_analysis(answer, range(len(stories[number].steps)), most)
+                found[number] = parse_analysis(answer, range(len(transcripts[number].steps)), most)
             except ValueError as error:
-                failed[number] = str(error), answer[-2000:]
-    return [found.get(number) for number in range(len(stories))]
+                to_ask[number] = str(error), answer[-2000:]
+    return [found.get(number) for number in range(len(transcripts))]
 
 
-def shortened(story, most, fits, error, answer):
+def shortened(transcript, most, fits, error, answer):
     """The message with as much of each observation as fits, or None."""
     for length in (10_000, 2_000, 500, 100, 0):
-        steps = [step._replace(observation=step.observation[:length]) for step in story.steps]
-        message = analysis_prompt(story.task, story.won, steps, most, error, answer)
+        steps = [step._replace(observation=step.observation[:length]) for step in transcript.steps]
+        message = analysis_prompt(transcript.task, transcript.won, steps, most, error, answer)
         if fits(message):
             return message

@@ -158,7 +158,8 @@ def difference(first, second, same_seeds=False):
     p, for one seed on both sides, else None: McNemar's for success with one episode per task, else that of sign flips.
     `shown` needs an interval without 0 and, where there is a p, p < 0.05: with few tasks that differ the bootstrap is
     too sure of itself, the test is not. `tasks`, with as many episodes of each, would show this difference between
-    these very runs with 80 % power; `seeds` (None unless both sides have several) between the methods.
+    these very runs with 80 % power, 6 or more where there is a p, which is never below 2 / 2^tasks; `seeds` (None
+    unless both sides have several) between the methods.
     """
     result, alone = {}, len(first) == len(second) == 1
     for key, measure in (("won", "success"), ("score", "score")):
@@ -170,7 +171,7 @@ def difference(first, second, same_seeds=False):
         result[measure] = {
             "difference": value, "interval": (low, high), "p": p if alone else None, "test": test if alone else None,
             "shown": (low > 0 or high < 0) and (not alone or p < 0.05),
-            "tasks": sample_size(value, variance(a.mean(0) - b.mean(0))),
+            "tasks": sample_size(value, variance(a.mean(0) - b.mean(0)), least=6 if alone else 2),
             "seeds": None if min(len(a), len(b)) == 1 else sample_size(value, sum(by_seed))}
     return result
 

@@ -1,4 +1,4 @@
-"""Skill texts: read from a folder, retrieved for an episode by one of several strategies, or spoiled as a control.
+"""Skill texts: read from a folder, retrieved for an episode by one of several strategies, or altered as a control.
 
     <folder>/general.md        shown always
     <folder>/<task type>.md    one file per task type
@@ -25,7 +25,8 @@ class Skills(dict):
     than the type."""
 
     def __init__(self, texts, general="", files=None, words=None, how="type"):
-        """texts: of each task type; general, files, words: what `read_skills` gives; how: one of STRATEGIES."""
+        """texts: of each task type; general, files: what `read_skills` gives; words: what `read_keywords`
+        gives; how: one of STRATEGIES."""
         super().__init__(texts)
         self.general, self.files, self.words, self.how = general, files or {}, words or {}, how
         self.tried = {}  # of ucb: {task type: {file: [times, sum of rewards]}}
@@ -36,7 +37,7 @@ class Skills(dict):
 
     def retrieve(self, kind, task, draw):
         """The text for an episode of this task type and task. draw: a name that the random choice follows from."""
-        if self.how == "keyword":  # the paper's KM: all categories of which a keyword is in the task
+        if self.how == "keyword":  # as in the paper: all categories of which a keyword is in the task
             text = f" {bare_words(task)} "
             chosen = [name for name, words in self.words.items() if any(f" {word} " in text for word in words)]
         elif self.how == "random":
@@ -90,7 +91,7 @@ def contains(prompt, text):
 
 def library(folder, task_types, how, control=None):
     """A folder of skills -> Skills for these task types, retrieved by one of STRATEGIES; control: one of CONTROLS, or
-    None; the folder of a foreign one is another environment's. Raises UserError."""
+    None; for foreign, folder is another environment's. Raises UserError."""
     if how == "none":
         return Skills(dict.fromkeys(task_types, ""))
     names = task_types

@@ -126,9 +126,10 @@ def paired_t(first, second):
     """
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     mean, low, high = t_interval(differences)
-    n, error = len(differences), float(differences.std()) / math.sqrt(max(len(differences) - 1, 1))
+    n = len(differences)
     if n == 1 or mean == 0:
         return mean, low, high, 1.0
+    error = float(differences.std(ddof=1)) / math.sqrt(n)
     return mean, low, high, t_p(mean / error if error else math.inf, n - 1)
 
 
@@ -172,12 +173,12 @@ def holm(p_values):
     return adjusted
 
 
-def sample_size(difference, variance):
-    """How many pairs, of tasks or of seeds, would show a mean difference this large with 80 % power: 2 or more; inf
-    for 0, and of an infinite variance.
+def sample_size(difference, variance, least=2):
+    """How many pairs, of tasks or of seeds, would show a mean difference this large with 80 % power: `least` or more;
+    inf for 0, and of an infinite variance.
 
     n = (z_0.975 + z_0.8)^2 variance / difference^2, with the variance of the paired differences: the normal
     approximation, as in Miller 2024 (arXiv 2411.00640). It takes the difference seen for the true one.
     """
     exact = (Z + Z_POWER) ** 2 * variance / difference ** 2 if difference else math.inf
-    return exact if exact == math.inf else max(2, math.ceil(exact))
+    return exact if exact == math.inf else max(least, math.ceil(exact))

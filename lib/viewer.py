@@ -14,7 +14,7 @@ from lib.episodes import find_episodes, read_episodes, step_file, steps_written
 from lib.program import UserError, check_regular, is_of_kind, printable, write_atomically
 
 TEMPLATE = Path(__file__).with_name("viewer.html")
-START = 60  # characters at the start of the template by which a page of ours is known
+START = 60  # bytes at the start of the template by which a page of ours is known
 
 
 def write_page(source, out=None):

@@ -7,7 +7,7 @@
 Each row of the dataset has, beside `prompt`, a `teacher_prompt` of the same kind (text or messages): the same request
 with the skill text in it. The teacher is the model being trained: it scores the sampled ids after that prompt, without
 gradient. GRPOConfig's delta is dual_clip, its beta is kl_coef; loss_type "dapo", TRL's default, divides by the response
-tokens of the optimiser step, as Agg does. On the same tokens the loss is that of sdar.py, but for TRL's own habits: it
+tokens of the optimiser step, as Agg does. On the same tokens the loss is that of sdar.py, except that TRL
 divides advantages by std + 1e-4, not 1e-6, and does not clamp the log-ratio of the KL term at +-10.
 """
 
@@ -42,6 +42,7 @@ class SDARTrainer(GRPOTrainer):
         return batch
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        """Keeps what TRL computes, log-probs [B, T] and entropies, for the gated term."""
         self._scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         return self._scores
 

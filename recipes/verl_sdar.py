@@ -3,8 +3,8 @@
     from verl.trainer.ppo.core_algos import register_policy_loss
     register_policy_loss("sdar")(sdar_policy_loss)          # then actor_rollout_ref.actor.policy_loss.loss_mode=sdar
 
-or functools.partial(sdar_policy_loss, sdar_coef=0.1) for another lambda. Put the lines into a module and name it in
-VERL_USE_EXTERNAL_MODULES, so that the workers load it. verl adds KL and entropy itself.
+or functools.partial(sdar_policy_loss, sdar_coef=0.1) for another lambda. Put these two lines into a module and name
+it in VERL_USE_EXTERNAL_MODULES, so that the workers load it. verl adds KL and entropy itself.
 
 verl's ppo_loss (verl/workers/utils/losses.py) hands a policy loss no teacher: there, append "teacher_log_prob" to
 `fields` and pass teacher_log_prob=data["teacher_log_prob"]. The trainer puts that tensor into the batch before the
@@ -20,7 +20,7 @@ def sdar_policy_loss(old_log_prob, log_prob, advantages, response_mask, loss_agg
 
     All tensors [B, T]; rollout_is_weights, if any, weigh eq. (2) alone. config: verl's ActorConfig, for its clip ratios
     and global_batch_info. At sdar_coef 0 it is verl's vanilla loss (0.9.1: equal up to 5e-8). Raises ValueError for an
-    aggregation or a clip that SDAR does not have.
+    aggregation other than token-mean and for asymmetric clips.
     """
     if loss_agg_mode != "token-mean":
         raise ValueError(f"SDAR is a mean over tokens: set loss_agg_mode to token-mean, not {loss_agg_mode}.")

@@ -147,7 +147,7 @@ def test_differences_are_paired_by_seed_and_corrected_for_the_number_of_arms(tmp
     assert gigpo["p_holm"] == pytest.approx(2 * gigpo["p"]) and gigpo["p_sign_flip"] == 0.25
     assert (gigpo["verdict"], sdar_1["verdict"]) == ("a difference", "no difference shown")
     text = study_report.tables(made)
-    assert "50% of grpo's groups have zero variance. 10 runs, 60 s" in text
+    assert "50% of grpo's groups have zero variance. 10 runs; half of them took up to 60 s." in text
     assert "rlsd seed 0: FAILED: It failed." in text and text.endswith("under their seeds: 1 runs.")
     assert "Controls beside" not in text
     made += [run | {"arm": "foreign_1", "seed": seed, "evaluation": [[20, success]]}

@@ -3,7 +3,8 @@
 Bamboogle has 125 questions, so an accuracy is k/125. The released evaluation averages, per data set, the means of
 batches of 512 questions. 51,713 questions are 101 batches and one more: if Bamboogle comes last, its last question is a
 batch of its own, and the number printed is (k/124 + b)/2, with k of 124 right and b = 1 or 0 for that question. Pooled,
-the same answers are (k + b)/125. Numbers: arXiv 2605.15155 v1, Table 1, Search-QA. What follows: docs/evidence.md.
+the same answers are (k + b)/125. Numbers: arXiv 2605.15155 v1, Table 1, Search-QA; * is evaluated with skills in the
+prompt. Consequences: docs/evidence.md.
 """
 
 from statistics import mean

@@ -6,12 +6,14 @@
                                                own engine beside ours if it is there (pip install alfworld)
     python -m tools.measure bm25               ranks beside bm25s and rank-bm25 (pip install bm25s rank-bm25)
     TRITON_INTERPRET=1 python -m tools.measure liger       errors beside fused_linear_jsd (pip install liger-kernel)
+    python -m tools.measure skill_texts        what the bundled model does with the skills, and with each control's text
 
 Ours and TRL's steps run in this one process, block by block in turn: the ratio is fair where the seconds are not.
 """
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -29,6 +31,7 @@ import torch
 import envs
 import kernels
 import sdar
+from eval import evaluate
 from lib import generated, retrieval
 from lib.official import ALFWORLD_SPLITS, load_game, read_task
 from tools import bench_kernels
@@ -336,9 +339,23 @@ def measure_liger(n=64, d=128, v=1064):
             "relative_errors": rows}
 
 
+def measure_skill_texts():
+    """Success of the untrained bundled model with each text in its own prompt, 128 tasks, T=0.4, 95 % intervals."""
+    texts = {"none": None, "skills": None, "other": "other", "shuffled": "shuffled", "foreign": "foreign"}
+    found = {env: {} for env in envs.ENVIRONMENTS}
+    for env, name in itertools.product(found, texts):
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"env": env, "condition": "without" if name == "none" else "with", "threads": 1,
+                       "out": f"{folder}/eval.json"} | ({"skills": texts[name]} if texts[name] else {})
+            summary = evaluate("tiny", options)["summary"][options["condition"]]["all"]
+            found[env][name] = {"tasks": summary["n"], "success": summary["success"],
+                                "interval": [round(bound, 3) for bound in summary["success_interval"]]}
+    return {"success": found}
+
+
 def main():
     what = {"step": measure_step, "webshop": measure_webshop, "alfworld": measure_alfworld, "bm25": measure_bm25,
-            "liger": measure_liger}
+            "liger": measure_liger, "skill_texts": measure_skill_texts}
     if len(sys.argv) != 2 or sys.argv[1] not in what:
         sys.exit(f"usage: python -m tools.measure {' | '.join(what)}")
     name = sys.argv[1]

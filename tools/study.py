@@ -1,6 +1,6 @@
-"""The study: every method beside GRPO, over seeds, on the bundled model and the generated tasks of the environments.
+"""The study: every method against GRPO, over seeds, on the bundled model and the generated tasks of the environments.
 
-    python -m tools.study                            all of it, a run per core at a time. Ctrl-C stops, the same goes on
+    python -m tools.study                            all of it, a run per core at a time; resumes after Ctrl-C
     python -m tools.study --part A --env webshop     one regime of one environment
     python -m tools.study --report                   the tables and the picture anew, from results/study.json alone
     python -m tools.study --part A --env search --rates 3e-5 1e-4 3e-4     grpo's training success by learning rate
@@ -32,14 +32,14 @@ ROOT, PROGRAM = folders.ROOT, [sys.executable, "sdar.py"]
 
 # ---------------------------------------------------------------------------------------------------------- the design
 
-SMALL = {"lr_schedule": "linear", "warmup": 3}
+SCHEDULE = {"lr_schedule": "linear", "warmup": 3}
 REGIMES = {  # part, environment -> size of a step, rate; a rate may be chosen on grpo's training success alone
-    ("A", "webshop"): SMALL | {"tasks": 2, "group_size": 4, "steps": 20, "lr": 1e-4},
-    ("A", "search"): SMALL | {"tasks": 2, "group_size": 4, "steps": 40, "lr": 1e-4},
-    ("A", "alfworld"): SMALL | {"tasks": 2, "group_size": 4, "steps": 20, "lr": 2e-4},
-    ("B", "webshop"): SMALL | {"tasks": 8, "group_size": 8, "steps": 30, "lr": 4e-4},
-    ("B", "search"): SMALL | {"tasks": 8, "group_size": 8, "steps": 60, "lr": 4e-4},
-    ("B", "alfworld"): SMALL | {"tasks": 4, "group_size": 8, "steps": 20, "lr": 4e-4}}
+    ("A", "webshop"): SCHEDULE | {"tasks": 2, "group_size": 4, "steps": 20, "lr": 1e-4},
+    ("A", "search"): SCHEDULE | {"tasks": 2, "group_size": 4, "steps": 40, "lr": 1e-4},
+    ("A", "alfworld"): SCHEDULE | {"tasks": 2, "group_size": 4, "steps": 20, "lr": 2e-4},
+    ("B", "webshop"): SCHEDULE | {"tasks": 8, "group_size": 8, "steps": 30, "lr": 4e-4},
+    ("B", "search"): SCHEDULE | {"tasks": 8, "group_size": 8, "steps": 60, "lr": 4e-4},
+    ("B", "alfworld"): SCHEDULE | {"tasks": 4, "group_size": 8, "steps": 20, "lr": 4e-4}}
 SPLITS = {"webshop": "val", "search": "val", "alfworld": "valid_seen,valid_unseen"}  # none has tasks of training
 SEEDS = dict(zip(REGIMES, (10, 10, 5, 5, 5, 3)))
 MORE_SEEDS = dict.fromkeys(("untrained", "grpo", "sdar_0.01", "sdar_1", "rkl_1", "no_gate_1"), 20)  # of A, webshop
@@ -75,14 +75,16 @@ IN_PART_A = ("grpo", "gigpo", "sdar_0.01", "sdar_1", "rkl_1", "opid_0.001", "opi
 FEWER_ARMS = {("A", "search"): IN_PART_A, ("A", "alfworld"): IN_PART_A} | {
     ("B", env): ("grpo", "gigpo", "sdar_0.01", "sdar_1") for env in SPLITS}  # elsewhere: all
 
-STORAGE = {"threads": 1, "keep": 1, "save_every": 10_000, "episodes_every": 10_000}  # changes no result
+# Not among a run's flags; one thread, so that it repeats exactly.
+STORAGE = {"threads": 1, "keep": 1, "save_every": 10_000, "episodes_every": 10_000}
 RATE = "grpo_lr_"  # and a learning rate: arms of --rates, which are not reported
 QUICK = {"tasks": 2, "group_size": 2, "steps": 2, "eval_every": 2, "eval_tasks": 8}
 
 
 def key(run):
-    """A run is {part, env, arm, seed, flags}, flags being its settings except the seed. Its record in study.json adds
-    evaluation [[step, success], ..], training [success per step], ..., or the error that ended it."""
+    """What tells a run from others. A run is {part, env, arm, seed, flags}, flags being its settings except the seed.
+    Its record in study.json adds evaluation [[step, success], ..], training [success per step], ..., or the error that
+    ended it."""
     return run["part"], run["env"], run["arm"], run["seed"]
 
 
@@ -152,7 +154,7 @@ class Crew:
     def __init__(self):
         self.live, self.stopping = set(), False
 
-    def play(self, run, root):
+    def carry_out(self, run, root):
         """Trains a run, unless its folder holds it already -> its record, with `error` if it failed.
 
         Checkpoints of a finished run are deleted: those of the whole study would take 7 GB.
@@ -168,7 +170,7 @@ class Crew:
             status = self.train(command(run, folder), log)
             found = outcome(run, folder) if status == 0 else None
             if found is None:
-                return run | {"error": last_words(log, status)}
+                return run | {"error": failure_reason(log, status)}
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         return found
@@ -191,19 +193,19 @@ class Crew:
             child.terminate()
 
 
-def last_words(log, status):
+def failure_reason(log, status):
     """Why a program failed: its error sentence, or the last line of its output."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("error: ")] or lines or ["no output"]
     return f"{said[-1].removeprefix('error: ').rstrip('.')} (status {status})."
 
 
-def carry_out(runs, study, out, root, jobs):
-    """Plays the runs, `jobs` at a time, and writes study.json after each. However it ends, no run is left behind."""
+def run_all(runs, study, out, root, jobs):
+    """Trains the runs, `jobs` at a time, and writes study.json after each. However it ends, no run is left behind."""
     crew = Crew()
     with tqdm(total=len(runs), unit="run", dynamic_ncols=True, disable=None) as bar, ThreadPoolExecutor(jobs) as pool:
         with handling(signal.default_int_handler):
-            waiting = [pool.submit(crew.play, run, root) for run in runs]
+            waiting = [pool.submit(crew.carry_out, run, root) for run in runs]
             try:
                 for done in as_completed(waiting):
                     one = done.result()
@@ -246,8 +248,8 @@ def read_study(path):
 
 def is_current(one):
     """Whether the study would make a recorded run with the same settings today."""
-    return one["arm"].startswith(RATE) or one["arm"] in ARMS and one["flags"] == settings(
-        one["part"], one["env"], ARMS[one["arm"]])
+    return one["arm"].startswith(RATE) or (
+        one["arm"] in ARMS and one["flags"] == settings(one["part"], one["env"], ARMS[one["arm"]]))
 
 
 def is_done(run, study):
@@ -321,7 +323,7 @@ def program(argv):
         runs = plan(args.part, args.env, args.arms, args.seeds, args.rates, args.quick)
         todo = [run for run in runs if not is_done(run, study)]
         print(f"{len(runs)} runs, of which {len(runs) - len(todo)} are done", flush=True)
-        carry_out(todo, study, out, root, args.jobs)
+        run_all(todo, study, out, root, args.jobs)
         if args.rates:
             return print(study_report.rates([study[key(run)] for run in runs]))
     report(study, out)

@@ -4,6 +4,7 @@ A record is what results/study.json holds of a run: part, env, arm, seed, flags,
 Environments and arms keep the order in which the records come.
 """
 
+import functools
 import itertools
 import math
 from collections import defaultdict
@@ -16,8 +17,9 @@ MARKS = "<!-- study: begin -->", "<!-- study: end -->"  # around the generated p
 NAMES = {"webshop": "WebShop", "alfworld": "ALFWorld", "search": "Search-QA"}
 UNTRAINED = "untrained"  # the arm that is evaluated before any training
 CONTROLS = ("no_gate_1", "no_skill_1", "shuffled_1", "other_1", "foreign_1")
+# Arms that are drawn, in colours that colour-blind people tell apart.
 COLORS = {"grpo": "black", "gigpo": "#e69f00", "sdar_0.01": "#56b4e9", "sdar_1": "#0072b2", "rkl_1": "#009e73",
-          "opid_1": "#cc79a7", "no_gate_1": "#d55e00", "foreign_1": "0.5"}  # curves that are drawn, for all eyes
+          "opid_1": "#cc79a7", "no_gate_1": "#d55e00", "foreign_1": "0.5"}
 FRONT = ("grpo", "sdar_0.01", "sdar_1", "no_gate_1", "foreign_1")  # curves of the README's picture
 # From grpo's figures before the study: search half-way to its end with full batches, alfworld just below its end.
 THRESHOLDS = {"webshop": 0.5, "search": 0.3, "alfworld": 0.3}
@@ -25,19 +27,19 @@ THRESHOLDS = {"webshop": 0.5, "search": 0.3, "alfworld": 0.3}
 
 # ---------------------------------------------------------------------------------------------------------- statistics
 
-def area(run, threshold=None):
+def area(run):
     """Area under the evaluation curve by the trapezoid rule, over the length of the run: in [0, 1]."""
     curve = run["evaluation"]
     total = sum((b - a) * (y + z) / 2 for (a, y), (b, z) in itertools.pairwise(curve))
     return total / (curve[-1][0] - curve[0][0])
 
 
-def training(run, threshold=None):
+def training(run):
     """Mean success of the training rollouts."""
     return mean(run["training"])
 
 
-def final(run, threshold=None):
+def final(run):
     return run["evaluation"][-1][1]
 
 
@@ -53,7 +55,7 @@ def steps_to(run, threshold):
     return curve[-1][0]
 
 
-MEASURES = {  # function of (record, threshold), its words, digits shown
+MEASURES = {  # function of a record (steps: and of a threshold), its words, digits shown
     "area": (area, "Area under the evaluation curve", 3),
     "training": (training, "Success of the training rollouts, mean of all steps (skill_grpo's see skills)", 3),
     "final": (final, "Success after the last step", 3),
@@ -79,8 +81,8 @@ def finished(records, arm=None):
 
 
 def summary(records):
-    """-> rows {part, env, measure, arm, seeds, reached, mean, low, high}, and of an arm beside grpo's {pairs,
-    difference, difference_low, difference_high, p, p_sign_flip, p_holm, verdict}.
+    """-> rows {part, env, measure, arm, seeds, reached, mean, low, high}; for arms other than grpo also
+    {pairs, difference, difference_low, difference_high, p, p_sign_flip, p_holm, verdict}.
 
     reached: seeds that reach the threshold. Intervals are Student's over seeds, of 95 %; differences are paired by
     seed; Holm's p allows for all arms that are compared with grpo in one environment, part and measure.
@@ -90,9 +92,11 @@ def summary(records):
 
 
 def compare(part, env, measure, runs, base="grpo"):
-    """The rows of one regime and measure, arms beside the base; runs: {arm: {seed: record}}."""
+    """The rows of one regime and measure, arms against the base; runs: {arm: {seed: record}}."""
     threshold, function, rows = THRESHOLDS[env], MEASURES[measure][0], []
-    values = {arm: {seed: function(one, threshold) for seed, one in by_seed.items()} for arm, by_seed in runs.items()}
+    if measure == "steps":
+        function = functools.partial(steps_to, threshold=threshold)
+    values = {arm: {seed: function(one) for seed, one in by_seed.items()} for arm, by_seed in runs.items()}
     for arm, by_seed in values.items():
         center, low, high = statistics.t_interval(list(by_seed.values()))
         reached = sum(max(success for _, success in one["evaluation"]) >= threshold for one in runs[arm].values())
@@ -156,7 +160,7 @@ def tables(records):
         controlled = {arm: by_seed for arm, by_seed in runs.items() if arm in ("sdar_1", *CONTROLS)}
         if len(controlled) > 1 and "sdar_1" in controlled:
             rows = compare(part, env, "area", controlled, "sdar_1")
-            texts.append(f"Controls beside sdar_1, area:\n\n{table(rows, False, 3, 'sdar_1')}")
+            texts.append(f"Controls against sdar_1, area:\n\n{table(rows, False, 3, 'sdar_1')}")
     texts += [line(one) for one in records if "error" in one]
     left_out = len(finished(records)) - sum(len(arm) for runs in regimes.values() for arm in runs.values())
     if left_out:
@@ -168,10 +172,10 @@ def regime_text(runs):
     """A regime in words: size, share of zero-variance groups, what its runs took; runs: {arm: {seed: record}}."""
     groups = [one["zero_variance"] for one in runs.get("grpo", {}).values()]
     records = [one for by_seed in runs.values() for one in by_seed.values()]
-    flags = records[0]["flags"]
+    flags, seconds = records[0]["flags"], sorted(one["seconds"] for one in records)
     poor = f"; {mean(groups):.0%} of grpo's groups have zero variance" if groups else ""
     return (f"{flags['tasks']} tasks x {flags['group_size']} episodes, {flags['steps']} steps, learning rate "
-            f"{flags['lr']:g}{poor}. {len(records)} runs, {mean(one['seconds'] for one in records):.0f} s each.")
+            f"{flags['lr']:g}{poor}. {len(records)} runs; half of them took up to {seconds[len(seconds) // 2]} s.")
 
 
 def table(rows, with_reached, digits, base="grpo"):
