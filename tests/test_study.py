@@ -149,10 +149,10 @@ def test_differences_are_paired_by_seed_and_corrected_for_the_number_of_arms(tmp
     text = study_report.tables(made)
     assert "50% of grpo's groups have zero variance. 10 runs; half of them took up to 60 s." in text
     assert "rlsd seed 0: FAILED: It failed." in text and text.endswith("under their seeds: 1 runs.")
-    assert "Controls beside" not in text
+    assert "Controls against" not in text
     made += [run | {"arm": "foreign_1", "seed": seed, "evaluation": [[20, success]]}
              for seed, success in enumerate([0.6, 0.6, 0.4, 0.7])]  # areas 0.05, 0.05, 0 and 0.1 below sdar_1's
-    _, controls = study_report.tables(made).split("Controls beside sdar_1, area:")
+    _, controls = study_report.tables(made).split("Controls against sdar_1, area:")
     assert "| foreign_1 (control) | 4 |" in controls and " -0.050 [" in controls and "gigpo" not in controls
     for draw in study_report.draw, study_report.draw_front:
         draw(made, tmp_path / "picture.png")
