@@ -58,8 +58,8 @@ SAMPLING = ("eval_split", "eval_tasks", "eval_temperature")  # flags with names 
 FLAGS = (*SETTINGS, *SAMPLING, "env_timeout", "rollout_batch", "device", "threads", "engine")
 LOCAL = ("device", "dtype", "threads", "engine", "max_prompt_tokens")  # what a server decides
 # Settings of a training run that tell it apart from others, its seed aside.
-TRAINING = [name for name in sorted(sdar.FIELDS.keys() - {*SETTINGS, *changeable(sdar.Config), "out"})
-            if not name.startswith("eval_")] + ["step"]
+TRAINING = [name for name in sorted(sdar.FIELDS.keys() - {*SETTINGS, *changeable(sdar.Config), "out"} | {"steps"})
+            if not name.startswith("eval_")] + ["step"]  # steps: a linear schedule falls to 0 there
 
 
 def evaluation_config(model, explicit):
@@ -115,6 +115,8 @@ def play(player, cfg, environments, tasks, repeats, skills, condition):
 
 def free_to_write(out, settings):
     """Raises UserError unless `out` can be written without losing a result of other settings."""
+    if out.suffix != ".json":
+        raise UserError(f"--out must end in .json, not be {out}: beside a result stand its episodes, in .jsonl.")
     if not out.parent.is_dir():
         raise UserError(f"There is no folder {out.parent} for the result: make it, or choose another with --out.")
     check_regular(episodes_beside(out), "choose another with --out")

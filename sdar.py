@@ -443,8 +443,12 @@ def load_skills(cfg, task_types):
 
 
 def skill_text(skills, episode):
-    """What is shown beside an episode's prompts: the skills retrieved for it, then its task's own teacher_prompt."""
-    text = retrieve(skills, episode.task_type, episode.goal, episode.name)
+    """The skills retrieved for an episode."""
+    return retrieve(skills, episode.task_type, episode.goal, episode.name)
+
+
+def teacher_text(text, episode):
+    """What a teacher reads in an episode: the skills' text, then the task's own teacher_prompt."""
     return "\n".join(filter(None, (text, episode.teacher_prompt)))
 
 
@@ -870,24 +874,27 @@ def skill_texts(policy, cfg, episodes, skills):
         return [("", "")] * sum(len(e.turns) for e in episodes), {}
     if cfg.analyser != "none":
         analyses = hindsight.analyse(policy, cfg, episodes, [episode_return(cfg, e) for e in episodes], sample)
-        texts = [routed(cfg, one, number) for e, one in zip(episodes, analyses) for number in range(len(e.turns))]
+        texts = [routed(cfg, one, e, number) for e, one in zip(episodes, analyses) for number in range(len(e.turns))]
         return texts, {"opid/analysed": parallel.mean(one is not None for one in analyses),
                        "opid/step_turns": parallel.mean(source == "step" for source, _ in texts)}
     episodes = parallel.spread(episodes, Episode.outcome)  # ucb learns from all processes' in the same order
     tied, texts = zero_variance_groups(cfg, episodes), []
     for e in episodes:
         distilled = {"all": True, "failed": not e.won, "zero_variance": tied[e.task.group]}[cfg.distill]
-        texts += [("library" if distilled else "", skill_text(skills, e))] * len(e.turns)
+        text = skill_text(skills, e) if cfg.teacher == "none" else teacher_text(skill_text(skills, e), e)
+        texts += [("library" if distilled else "", text)] * len(e.turns)
         if cfg.retrieval == "ucb":
             skills.learn(e.task_type, episode_return(cfg, e) / 10)
     return texts, {}
 
 
-def routed(cfg, analysis, number):
+def routed(cfg, analysis, episode, number):
     """OPID's hard switch: a turn's own skill if it has one, else that of its episode -> (source, text)."""
     if analysis and cfg.opid_step_weight and number in analysis.step_skills:
-        return "step", analysis.step_skills[number]
-    return ("episode", analysis.episode_skill) if analysis and cfg.opid_episode_weight else ("", "")
+        return "step", teacher_text(analysis.step_skills[number], episode)
+    if analysis and cfg.opid_episode_weight:
+        return "episode", teacher_text(analysis.episode_skill, episode)
+    return "", ""
 
 
 def pack_rows(policy, groups, teacher=False):
@@ -1011,8 +1018,7 @@ def step_loss(policy, cfg, micro_batch, num_tokens, frozen):
         terms["sdar/loss"] = cfg.sdar_coef, distill
         metrics |= more
         gaps = dict(zip(rows, zip(split_tokens(rows, tokens.gap), split_tokens(rows, tokens.gate))))
-    # eq. (5); 0 * pg gives a loss with a graph even where every coefficient is 0
-    loss = sum((coef * value for coef, value in terms.values() if coef), start=0.0 * pg)
+    loss = sum((coef * value for coef, value in terms.values() if coef), start=0.0 * pg)  # eq. (5), always with a graph
     return loss, metrics | {name: value.detach() for name, (_, value) in terms.items()}, gaps
 
 
@@ -1164,7 +1170,7 @@ def learn(policy, optimizer, environments, skills, cfg, run):
         episodes = parallel.each(rollout, policy, environments, tasks, cfg, seed=seed,
                                  skills=skills if cfg.student_skills else None)
         rolled = time.perf_counter()
-        with runs.uninterrupted():
+        with runs.uninterrupted(), skills.undone_on_error():
             rows, metrics = make_rows(policy, cfg, episodes, skills)
             if policy.vllm:
                 policy.vllm.sleep()

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.folders import read_lines, stored_settings
-from lib.program import UserError, mismatch, optional
+from lib.program import UserError, check_regular, is_of_kind, mismatch, optional
 from lib.runs import data_label, method_name
 from lib.statistics import t_interval
 
-KINDS = {"env": str, "method": str, "seed": int}  # what is used of a run's settings
+KINDS = {"env": str, "method": str, "seed": int, "analyser": (str, type(None))}  # what is used of a run's settings
 PANES = {"eval/success": "sampled at T={}", "eval/greedy_success": "greedy", "eval/skilled_success": "with skills"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # told apart by all eyes
 MARKERS = "osD^vP*"
@@ -30,11 +30,12 @@ def read_run(path, defaults):
     path, settings = Path(path), None
     with suppress(ValueError, RecursionError):  # a damaged file
         settings = stored_settings(path)
-    wrong = mismatch("config.json", settings, KINDS)
+    wrong = mismatch("config.json", settings and {"analyser": None} | settings, KINDS)
     if wrong:
         raise UserError(f"{path} is not a run folder ({wrong}): give one that --out of sdar.py named.")
     entries = [entry for _, entry in read_lines(path / "metrics.jsonl")]
-    points = {name: {entry["step"]: entry[name] for entry in entries if isinstance(entry.get(name), int | float)}
+    entries = [entry for entry in entries if is_of_kind(entry.get("step"), (int,))]
+    points = {name: {entry["step"]: entry[name] for entry in entries if is_of_kind(entry.get(name), (int, float))}
               for name in PANES}
     if not any(points.values()):
         raise UserError(f"{path} has no evaluation in its metrics.jsonl: leave it out.")
@@ -73,6 +74,9 @@ def draw(paths, out, defaults):
     """Draws the runs into the picture `out`: a row per environment, a pane per kind of evaluation; prints where each
     group ends.
     defaults: {setting: value} of the settings that tell runs apart. Raises UserError."""
+    if not Path(out).suffix:
+        raise UserError(f"--out must end in the kind of picture, such as .png, not be {out}.")
+    check_regular(Path(out), "choose another with --out")
     optional("matplotlib", "matplotlib").use("Agg")
     from matplotlib import pyplot
     rows = defaultdict(list)
@@ -108,9 +112,12 @@ def draw_pane(pane, groups, metric, styles):
     for label, runs in groups.items():
         (steps, values), (color, marker) = band(runs, metric), styles[label]
         if not steps:
+            if any(run.points[metric] for run in runs):
+                print(f"  {label}: {metric} is not drawn, since its runs have no step in common")
             continue
         seeds = {1: "one seed", 2: "2 seeds, min to max"}.get(len(runs), f"{len(runs)} seeds, 95 % t interval")
-        pane.plot(steps, values[:, 0], color=color, marker=marker, ms=4, lw=1.8, label=f"{label} ({seeds})")
+        pane.plot(steps, values[:, 0], color=color, marker=marker, ms=4, lw=1.8,
+                  label=f"{label} ({seeds})".replace("$", r"\$"))
         if len(runs) > 1:
             pane.fill_between(steps, values[:, 1], values[:, 2], color=color, alpha=0.15, lw=0)
         mean, low, high = values[-1]

@@ -66,7 +66,8 @@ class Endpoint:
             raise UserError("--endpoint takes no user and password: put the key into OPENAI_API_KEY.")
         if key and not (key.isascii() and key.isprintable()):
             raise UserError("OPENAI_API_KEY has characters that no key has, such as a line break: set it anew.")
-        path = (parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1") + "/chat/completions"
+        base = parts.path.rstrip("/").removesuffix("/completions").removesuffix("/chat")
+        path = (base or "/v1") + "/chat/completions"
         self.url = parts._replace(path=urllib.parse.quote(path, safe="/%")).geturl()
         self.shown, self.model, self.key, self.chat = without_secrets(self.url), model, key, PLAIN_CHAT
         self.max_tokens, self.parallel, self.timeout, self.lock = max_tokens, parallel, timeout, threading.Lock()
@@ -76,24 +77,26 @@ class Endpoint:
         self.counts, self.failed_in_a_row, self.last_failure = Counter(), 0, ""
 
     def probe(self):
-        """Asks once, so that a wrong address, key or model is noticed before anything is played. Raises UserError."""
-        if self.answer("Hello", 0.0, 0, tries=1).stop == "error":
+        """Asks once, and again only if the server is busy, so that a wrong address, key or model is noticed before
+        anything is played. Raises UserError."""
+        if self.answer("Hello", 0.0, 0, patient=False).stop == "error":
             raise UserError(f"{self.shown} does not answer as {self.model!r}: {self.last_failure}.")
         self.counts.clear()
 
     def engine(self, cfg, temperature):
         return EndpointEngine(self, temperature)
 
-    def answer(self, prompt, temperature, seed, tries=TRIES):
-        """One request, tried again where that may help -> Answer."""
+    def answer(self, prompt, temperature, seed, patient=True):
+        """One request, tried again where that may help, or, if not patient, where the server asks for it -> Answer."""
         body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": prompt}], "seed": seed,
                            "max_tokens": self.max_tokens, "temperature": temperature, "top_p": 1.0}, ensure_ascii=False)
         body = body.encode("utf-8", "replace")
-        for number in range(tries):
+        for number in range(TRIES):
             try:
                 answer = self.attempt(body)
             except Failure as failure:
-                if failure.again and number + 1 < tries:
+                again = failure.again and (patient or failure.kind.startswith("status"))
+                if again and number + 1 < TRIES:
                     self.note(f"tried again ({failure.kind})")
                     pause = PAUSE * 2 ** number if failure.wait is None else max(failure.wait, 0.0)
                     time.sleep(min(pause, LONGEST_PAUSE))
@@ -130,7 +133,11 @@ class Endpoint:
             reason = getattr(error, "reason", error)  # answer whose form is beyond what http.client and urllib read
             kind = "timed out" if isinstance(reason, TimeoutError) else "connection failed"
             raise Failure(kind, self.masked(str(reason).encode("utf-8", "replace")) or kind) from error
-        return read_answer(data)
+        try:
+            return read_answer(data)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            said = self.masked(data) or type(error).__name__
+            raise Failure("no chat completion", f"the answer is not a chat completion: {said}") from error
 
     def masked(self, said):
         """The beginning of what a server said, bytes, in which the key is ***."""
@@ -176,12 +183,10 @@ class EndpointEngine:
 
 
 def read_answer(data):
-    """The bytes of a chat completion -> Answer. A thought that the server has taken out is put back. Raises Failure."""
-    try:
-        choice = json.loads(data)["choices"][0]
-        message, stop = choice["message"], "length" if choice.get("finish_reason") == "length" else "end"
-        thought = message.get("reasoning_content") or message.get("reasoning")
-        text = (f"<think>{thought}</think>" if thought else "") + (message.get("content") or "")
-        return Answer(text.encode("utf-8", "replace").decode(), stop)  # without halves of surrogate pairs
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise Failure("no chat completion", f"the answer is not a chat completion ({type(error).__name__})") from error
+    """The bytes of a chat completion -> Answer. A thought that the server has taken out is put back. Raises one of
+    several errors for other bytes."""
+    choice = json.loads(data)["choices"][0]
+    message, stop = choice["message"], "length" if choice.get("finish_reason") == "length" else "end"
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    text = (f"<think>{thought}</think>" if thought else "") + (message.get("content") or "")
+    return Answer(text.encode("utf-8", "replace").decode(), stop)  # without halves of surrogate pairs

@@ -159,7 +159,10 @@ def read_episodes(path):
         check_regular(path)
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                episode = json.loads(line)
+                try:
+                    episode = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {describe(error)}") from error
                 wrong = what_is_wrong(number, episode)
                 if wrong:
                     raise ValueError(wrong)

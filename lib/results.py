@@ -83,9 +83,14 @@ def what_is_wrong(result):
     checks = [("it", result, PARTS)]
     if not mismatch("it", result, PARTS):
         checks += [("sampling", result["sampling"], SAMPLING_KINDS), ("config", result["config"], {"env": str})]
-        checks += [("run", result["run"], RUN)] if result.get("run") is not None else []
-        for name in result["conditions"]:
-            outcomes = result["outcomes"].get(name) if isinstance(name, str) else None
+        run, conditions = result.get("run"), result["conditions"]
+        checks += [("run", run, RUN)] if run is not None else []
+        if isinstance(run, dict) and not isinstance(run.get("analyser", ""), str):
+            return f"analyser {run['analyser']!r:.100}"
+        if not conditions or conditions != [name for name in CONDITIONS if name in conditions]:
+            return f"conditions {conditions!r:.100}"
+        for name in conditions:
+            outcomes = result["outcomes"].get(name)
             if not isinstance(outcomes, list) or not outcomes:
                 return f"no outcomes of condition {name!r}"
             checks += [(f"outcome {number} of {name!r}", outcome, OUTCOME) for number, outcome in enumerate(outcomes)]
@@ -106,15 +111,23 @@ def estimate(seeds, key):
     """Mean of outcome[key] over `seeds`, outcomes on the same tasks for each training seed, and its 95 % interval ->
     (mean, (low, high)).
 
-    Wilson's for the success rate of one episode per task; also where every task has the same rate, of which a bootstrap
-    would give no width, as if nothing were unknown. Else a bootstrap over tasks and seeds.
+    Wilson's for the success rate of one episode per task, else `bounded_bootstrap`'s.
     """
     table = np.array([by_task(outcomes, key) for outcomes in seeds])  # [seeds, tasks]
-    mean, *interval = cluster_bootstrap(table)
-    if key == "won" and (sum(map(len, seeds)) == table.shape[1] or table.min() == table.max()):
-        interval = wilson(mean * table.shape[1], table.shape[1])
-    least, most = min(table.min(), 0.0), max(table.max(), 1.0)  # what a rate or a score can be
-    return mean, (max(interval[0], least), min(interval[1], most))
+    if key == "won" and sum(map(len, seeds)) == table.shape[1]:
+        return float(table.mean()), wilson(float(table.sum()), table.shape[1])
+    return bounded_bootstrap(table)
+
+
+def bounded_bootstrap(table):
+    """Mean of table [seeds, tasks] of rates or scores, and its interval: a bootstrap over tasks and seeds, within what
+    the mean can be; Wilson's where all rates are equal, of which a bootstrap would give no width, as if nothing were
+    unknown."""
+    mean, low, high = cluster_bootstrap(table)
+    least, most, tasks = min(np.min(table), 0.0), max(np.max(table), 1.0), np.shape(table)[1]
+    if np.min(table) == np.max(table) and 0 <= mean <= 1:
+        low, high = wilson(mean * tasks, tasks)
+    return mean, (max(low, float(least)), min(high, float(most)))
 
 
 def describe(outcomes):
@@ -137,14 +150,14 @@ def summarise(outcomes):
 
 
 def attempts(seeds):
-    """pass@k and pass^k of `seeds` (see `estimate`), each as (mean, low, high) -> {k: (pass@k, pass^k)} for k from 2 to
+    """pass@k and pass^k of `seeds` (see `estimate`), as (mean, (low, high)) each -> {k: (pass@k, pass^k)}, k from 2 to
     the number of episodes of each task, beyond 8 powers of two alone. For k = 1 both are the success."""
     counts = [Counter(outcome["task_id"] for outcome in outcomes) for outcomes in seeds]
     wins = [Counter(outcome["task_id"] for outcome in outcomes if outcome["won"]) for outcomes in seeds]
     most = min(min(count.values()) for count in counts)
 
     def mean(chance, k):
-        return cluster_bootstrap(
+        return bounded_bootstrap(
             [[chance(won[i], count[i], k) for i in sorted(count)] for count, won in zip(counts, wins)])
 
     return {k: (mean(pass_at_k, k), mean(pass_hat_k, k)) for k in range(2, most + 1)
@@ -165,6 +178,7 @@ def difference(first, second, same_seeds=False):
     for key, measure in (("won", "success"), ("score", "score")):
         a, b = (np.array([by_task(outcomes, key) for outcomes in side]) for side in (first, second))  # [seeds, tasks]
         value, low, high = cluster_bootstrap(a - b) if alone or same_seeds else cluster_difference(a, b)
+        low, high = max(low, min(a.min() - b.max(), -1.0)), min(high, max(a.max() - b.min(), 1.0))
         single = key == "won" and len(first[0]) == len(second[0]) == a.shape[1]
         p, test = (mcnemar(a[0], b[0]), "McNemar") if single else (sign_flip_p(a[0] - b[0]), "sign flips")
         by_seed = [variance((a - b).mean(1))] if same_seeds else [variance(a.mean(1)), variance(b.mean(1))]
@@ -263,7 +277,7 @@ def print_table(title, table):
 
 def print_attempts(indent, seeds):
     for k, chances in attempts(seeds).items():
-        print(indent + "  ".join(f"{name}{k} {with_interval(mean, interval)}" for name, (mean, *interval) in
+        print(indent + "  ".join(f"{name}{k} {with_interval(*chance)}" for name, chance in
                                  zip(("pass@", "pass^"), chances)))
 
 

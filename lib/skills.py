@@ -5,6 +5,7 @@
     <folder>/keywords.json     {task type: [word or phrase, ..]} for keyword retrieval; else the words of its name
 """
 
+import contextlib
 import copy
 import itertools
 import json
@@ -64,6 +65,16 @@ class Skills(dict):
         """ucb: notes the reward, in [0, 1], of the episode whose text was retrieved just now."""
         entry = self.tried.setdefault(kind, {}).setdefault(self.most_promising(kind), [0, 0.0])
         entry[0], entry[1] = entry[0] + 1, entry[1] + reward
+
+    @contextlib.contextmanager
+    def undone_on_error(self):
+        """If the block, a training step, raises, forgets what was learnt in it, since the step is repeated later."""
+        before = self.state_dict()
+        try:
+            yield
+        except BaseException:
+            self.load_state_dict(before)
+            raise
 
     def state_dict(self):
         """What checkpoints keep of it."""

@@ -122,7 +122,8 @@ def t_interval(values):
 def paired_t(first, second):
     """Paired t-test of two lists in one order, such as one value per seed -> (mean of first - second, low, high, p).
 
-    A single pair has the interval (-inf, inf) and p 1.
+    A single pair has the interval (-inf, inf) and p 1. Equal differences have no scatter to judge them by: then the
+    interval is that, too, and p the sign flips', 2 / 2^n.
     """
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     mean, low, high = t_interval(differences)
@@ -130,7 +131,9 @@ def paired_t(first, second):
     if n == 1 or mean == 0:
         return mean, low, high, 1.0
     error = float(differences.std(ddof=1)) / math.sqrt(n)
-    return mean, low, high, t_p(mean / error if error else math.inf, n - 1)
+    if error < 1e-12 * abs(mean):  # rounding alone
+        return mean, -math.inf, math.inf, 2 / 2 ** n
+    return mean, low, high, t_p(mean / error, n - 1)
 
 
 # ------------------------------------------------------------------------------------------------- tests of differences
@@ -181,4 +184,4 @@ def sample_size(difference, variance, least=2):
     approximation, as in Miller 2024 (arXiv 2411.00640). It takes the difference seen for the true one.
     """
     exact = (Z + Z_POWER) ** 2 * variance / difference ** 2 if difference else math.inf
-    return exact if exact == math.inf else max(least, math.ceil(exact))
+    return max(least, math.ceil(exact)) if math.isfinite(exact) else math.inf

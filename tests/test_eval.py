@@ -46,7 +46,17 @@ def test_repeats_are_pooled_by_task_so_that_they_do_not_count_as_new_tasks():
     assert line["score_interval"] == results.describe(once)["score_interval"]
     assert line["success_interval"] == cluster_bootstrap([won])[1:]
     never = results.describe([outcome(i, False, repeat=r) for r in range(2) for i in range(10)])
-    assert never["success_interval"] == wilson(0, 10)  # a rate of zero has a width too
+    assert never["success_interval"] == never["score_interval"] == wilson(0, 10)  # a rate of zero has a width too
+    assert results.attempts([[outcome(i, True, repeat=r) for r in range(2) for i in range(10)]])[2] == (
+        (1, wilson(10, 10)),) * 2
+
+
+def test_intervals_end_where_rates_and_their_differences_do():
+    low, high = ([[outcome(i, (i * 7 + r + n) % 10 < n, repeat=r) for r in range(4) for i in range(10)]
+                  for n in rates] for rates in ((0, 1, 5), (4, 9, 10)))
+    for chances in results.attempts(low).values():
+        assert all(0 <= bound[0] <= mean <= bound[1] <= 1 for mean, bound in chances)
+    assert -1 <= results.difference(low, high)["success"]["interval"][0] < -0.9
 
 
 def test_outcomes_are_paired_by_task_whatever_their_order_and_repeats_have_another_test():
@@ -61,6 +71,8 @@ def test_four_tasks_won_more_out_of_many_are_no_difference_although_the_bootstra
     base, better, much = ([outcome(i, i < wins) for i in range(128)] for wins in (60, 64, 80))
     result = results.difference([better], [base])["success"]
     assert result["interval"][0] > 0 and result["p"] == 0.125 and not result["shown"]
+    result = results.difference([much[:5]], [[outcome(i, False) for i in range(5)]])["success"]
+    assert not result["shown"] and result["tasks"] == 6  # of 5 tasks p is at least 2 / 2^5
     result = results.difference([much], [base])["success"]
     assert result["shown"] and result["p"] == pytest.approx(2 / 2 ** 20)
 
@@ -160,7 +172,9 @@ def test_a_run_stands_for_the_result_of_its_last_evaluated_checkpoint(run_folder
 @pytest.mark.parametrize("content, why", [
     (None, "cannot be read"), ("{", "not a JSON file"), ("[]", "not written by this version"),
     ('{"format": "other"}', "not written by this version"), ({"digest": "b" * 64}, "(aaaaaaaaaaaa and bbbbbbbbbbbb)"),
-    ({"conditions": ("with",)}, "no condition in common")])
+    ({"conditions": ("with",)}, "no condition in common"), ({"conditions": ("with", "with")}, "(conditions ["),
+    ({"conditions": ("moon",)}, "(conditions ["),
+    ({"run": {"method": "opid", "seed": 0, "step": 1, "analyser": ["x"]}}, "(analyser [")])
 def test_files_that_cannot_be_compared_are_refused_by_name(tmp_path, capsys, content, why):
     good, bad = result_file(tmp_path / "good.json", [1, 0]), tmp_path / "bad.json"
     if isinstance(content, dict):
@@ -198,7 +212,9 @@ SERVED = ("--endpoint", "http://127.0.0.1:9", "--model", "m")
     ((*SERVED, "--request_timeout", "0"), "--request_timeout"), (SERVED, "does not answer as 'm'"),
     (("--endpoint", "ftp://x", "--model", "m"), "--endpoint must be"), (("--compare", "nowhere"), "nowhere"),
     (("--endpoint", "http://me:pw@127.0.0.1:9", "--model", "m"), "OPENAI_API_KEY"),
-    (("--curves", "nowhere"), "nowhere is not a run"), (("--curves", "a", "--seed", "1"), "does not go with seed")])
+    (("tiny", "--tasks", "2", "--out", "e.txt"), "--out must end in .json"),
+    (("--curves", "a", "--out", "picture"), "--out must end in"), (("--curves", "nowhere"), "nowhere is not a run"),
+    (("--curves", "a", "--seed", "1"), "does not go with seed")])
 def test_bad_input_is_one_sentence_and_status_2(capsys, tmp_path, monkeypatch, argv, why):
     monkeypatch.chdir(tmp_path)
     refused(evaluation.main, list(argv), why, capsys)
@@ -245,9 +261,9 @@ def test_an_evaluation_writes_every_episode_and_can_be_repeated_but_not_overwrit
     assert result["summary"]["with"]["all"]["n"] == 4 and "with - without" in result["summary"]
     assert evaluation.main(command) == 0 and json.loads((checkpoint / "eval.json").read_text()) == result
     refused(evaluation.main, [*command, "--seed", "4"], "seed 3 | 4", capsys)
-    (tmp_path / "notes.txt").write_text("mine")
-    refused(evaluation.main, [*command, "--out", str(tmp_path / "notes.txt")], "not a JSON file", capsys)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "notes.json").write_text("mine")
+    refused(evaluation.main, [*command, "--out", str(tmp_path / "notes.json")], "not a JSON file", capsys)
+    assert (tmp_path / "notes.json").read_text() == "mine"
 
 
 def test_episodes_can_be_read_turn_by_turn_as_the_model_saw_them(model_folder, tmp_path, capsys):
@@ -371,6 +387,12 @@ def test_a_server_in_trouble_is_asked_again_and_the_trouble_counted(stub):
         stub.script, stub.seen[:] = [(status, text, dict(headers))] * 2, []
         assert ask(model, ["hello \ud800"]) == [(("no", ""), (), "end")]
         assert model.counts == {f"tried again ({kind})": 2, "answered": 1} and len(stub.seen) == 3
+    stub.script = [(503, "loading", {}), (429, "", {"Retry-After": 0})]
+    endpoint.Endpoint(stub.url + "/v1/completions", "m", max_tokens=5).probe()
+    assert not stub.script and stub.seen[-1][0] == "/v1/chat/completions"
+    stub.script = [(200, '{"error": "no model m"}', {})]
+    with pytest.raises(UserError, match="not a chat completion: .*no model m"):
+        endpoint.Endpoint(stub.url, "m", max_tokens=5).probe()
     stub.script = [lambda handler, text: handler.connection.shutdown(2)]
     assert ask(model, ["hello"])[0].ids == ("no", "") and model.counts["tried again (connection failed)"] == 1
 
@@ -458,6 +480,13 @@ def test_learning_curves_are_grouped_by_method_with_bands_over_seeds(tmp_path, c
     assert "  sdar (one seed), step 25: eval/success 0.900\n" in text
     steps, values = curves.band([curves.read_run(path, {}) for path in found[:3]], "eval/success")
     assert steps == [0, 10] and values[0] == pytest.approx([0.1] * 3)  # the steps that all have
+    more = [run_of(tmp_path / "long", "sdar", 7, {0: 0.1, 9: 0.2}, steps=200, skills="$\\bad{$"),
+            run_of(tmp_path / "apart", "gigpo", 1, {5: 0.1}),
+            run_of(tmp_path / "two", "gigpo", 2, {6: 10 ** 400, 7: 0.2})]
+    assert evaluation.main(["--curves", *found, *more, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "steps 200 (one seed), step 9: eval/success 0.200\n" in text
+    assert "gigpo: eval/success is not drawn, since its runs have no step in common\n" in text
     torn = str(written(tmp_path / "torn", {"config.json": '{"provenance": '}))
     for argv, why in [([torn], "torn is not a run folder"),
                       ([run_of(tmp_path / "twice", "grpo", 0, {0: 0.1})], "runs of one seed (grpo, seed 0)"),

@@ -17,6 +17,7 @@ import sdar
 from conftest import assert_same_run, config, flags, lines_of, refused
 from lib import endpoint, hindsight
 from lib.analyser import Analysis
+from lib.program import UserError
 from lib.results import difference
 from lib.skills import CONTROLS, STRATEGIES, Skills, contains, library, read_skills
 from lib.tasks import checked
@@ -200,6 +201,17 @@ def test_ucb_tries_every_file_once_and_then_prefers_what_paid():
     assert skills.most_promising("a") == max(bound, key=bound.get)
 
 
+def test_a_step_that_fails_leaves_the_statistics_of_ucb_as_they_were(model_folder, tmp_path, monkeypatch):
+    def fails(*_):
+        raise UserError("It failed.")
+
+    monkeypatch.setattr(sdar, "train_step", fails)
+    assert sdar.main(flags(model_folder, tmp_path / "run", method="sdar", sdar_coef=1, retrieval="ucb", eval_every=0,
+                           eval_tasks=None)) == 2
+    saved = torch.load(tmp_path / "run" / "checkpoint-0" / "state.pt", weights_only=True)
+    assert saved["more"]["skills"] == {}
+
+
 @pytest.mark.parametrize("control", CONTROLS)
 def test_controls_spoil_what_the_skills_say(control):
     types = envs.make("webshop").task_types
@@ -236,6 +248,10 @@ def test_a_task_may_bring_a_text_for_the_teacher_which_stands_where_skills_do(po
     assert shown and all(rows[0]["teacher_prompt"] in prompt for prompt in shown) and metrics["skills/missing"] == 0
     assert sum(row.teacher_ids == row.prompt_ids for row in made) == sum(
         len(e.turns) for e in episodes if e.goal == "When?")
+    with_skills = sdar.rollout(policy, environments, sdar.step_tasks(cfg, environments[0], 0), cfg,
+                               skills=sdar.load_skills(cfg, ("unknown",)))
+    assert {e.goal for e in with_skills} == {"Who?", "When?"} and not any(  # a student never reads it
+        "Say <who>" in policy.chat.tokenizer.decode(turn.prompt_ids) for e in with_skills for turn in e.turns)
     rows[1]["teacher_prompt"] = 7
     (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match=r"bad.jsonl, line 2: .*teacher_prompt"):
@@ -246,6 +262,7 @@ def test_a_task_may_bring_a_text_for_the_teacher_which_stands_where_skills_do(po
 
 def test_each_turn_is_scored_under_one_hindsight_skill_and_under_none_where_it_failed(policy, games, monkeypatch):
     episodes, skills = games["webshop"]
+    episodes = [dataclasses.replace(e, teacher_prompt="Own.") for e in episodes]
     found = [Analysis("Whole.", {1: "Here."}), None, Analysis("Other.", {}), Analysis("Other.", {0: "First."})]
     monkeypatch.setattr(hindsight, "analyse", lambda *_: found)
     cfg = of_method("opid", opid_episode_weight=0.25, opid_step_weight=0.5)
@@ -255,7 +272,7 @@ def test_each_turn_is_scored_under_one_hindsight_skill_and_under_none_where_it_f
     assert [row.source for row in rows] == wanted and metrics["opid/analysed"] == 0.75 and {"", "step"} < set(wanted)
     decoded = [policy.chat.tokenizer.decode(row.teacher_ids) for row in rows]
     assert [sum(text in prompt for text in ("Whole.", "Here.", "Other.", "First.")) for prompt in decoded] == [
-        int(source != "") for source in wanted]
+        "Own." in prompt for prompt in decoded] == [source != "" for source in wanted]
     old, teacher = torch.zeros(sum(len(r.response_ids) for r in rows)), torch.ones(1)
     advantages, _ = sdar.token_advantages(cfg, rows, old, teacher.expand_as(old), 1)
     gain = {"episode": 0.25, "step": 0.5, "": 0.0}

@@ -85,7 +85,10 @@ def test_paired_t_agrees_with_a_published_example():
     assert (mean, low, high, p) == pytest.approx((1.58, 0.7001142, 2.4598858, 0.00283289), abs=1e-7)
     assert statistics.t_interval(np.subtract(drug, other)) == (mean, low, high)
     assert statistics.paired_t([0.3], [0.1])[1:] == (-math.inf, math.inf, 1.0)
-    assert statistics.paired_t([1, 2], [1, 2]) == (0, 0, 0, 1) and statistics.paired_t([1, 2], [0, 1])[3] == 0
+    assert statistics.paired_t([1, 2], [1, 2]) == (0, 0, 0, 1)
+    for first in ([0.3, 0.7], [1.0, 2.0]):  # equal differences from two seeds show nothing, rounded or not
+        _, *interval, p = statistics.paired_t(first, [first[0] - 0.1, first[1] - 0.1])
+        assert interval == [-math.inf, math.inf] and p == 0.5
 
 
 def test_mcnemar_is_the_two_sided_binomial_of_the_discordant_tasks():

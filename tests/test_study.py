@@ -78,14 +78,20 @@ def test_a_study_plays_what_its_file_lacks_and_reports_from_the_file_alone(start
                                           "training": [0.25, 0.25]}.items()
     page = (tmp_path / "docs" / "study.md").read_text()
     assert page.startswith("Asked.\n<!-- ") and page.endswith(" -->\nLimits.\n") and "old" not in page
-    assert "| sdar_1 | 2 | 0.400 [0.400, 0.400] | +0.200 [+0.200, +0.200] |" in page  # the area
+    assert "| sdar_1 | 2 | 0.400 [0.400, 0.400] | +0.200 [unknown] |" in page  # the area, without scatter
     assert "sdar_1 seed 1: training success 0.250, evaluation 0.80" in capsys.readouterr().out
     assert not list(tmp_path.glob("runs/**/checkpoint-*"))
     study.shutil.rmtree(tmp_path / "runs")
     (tmp_path / "results" / "study.png").unlink()
     assert start("--report") == 0 and (tmp_path / "results" / "study.png").read_text() == "6"
+    for idle in (["--report", "--part", "A"], ["--quick", "--rates", "1"], ["--rates", "1", "--arms", "grpo"]):
+        assert start(*idle) == 2 and "would do nothing" in capsys.readouterr().err
     assert start("--seeds", "3", "--arms", "sdar_1") == 0 and played(tmp_path) == [*ALL, "untrained 2", "sdar 2"]
     assert first.items() <= records(tmp_path).items() and start("--seeds", "0") == 2
+    made, file = json.loads((tmp_path / "results" / "study.json").read_text()), tmp_path / "results" / "study.json"
+    for damage in ({"evaluation": []}, {"evaluation": None}, {"evaluation": [[1, 0.5]]}, {"seconds": None}):
+        file.write_text(json.dumps(made | {"runs": [made["runs"][-1] | damage]}))
+        assert start("--report") == 2 and "move it away" in capsys.readouterr().err
 
 
 def test_only_an_unfinished_folder_and_changed_settings_are_played_again(start, tmp_path, monkeypatch, capsys):

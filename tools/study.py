@@ -238,12 +238,22 @@ def read_study(path):
             raise ValueError(f"its format is {stored['format']!r}")
         current = [one for one in stored["runs"] if is_current(one)]
         study = {key(one): one for one in current}
+        for one in current:
+            check_record(one)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} was not written by this version of the study ({error}): move it away.") from error
     others = len(stored["runs"]) - len(current)
     if others:
         print(f"{others} runs of {path} have settings that the study no longer has: left out")
     return study
+
+
+def check_record(one):
+    """Raises ValueError or TypeError for a finished run's record whose curve or time are not what `outcome` writes."""
+    if "error" not in one and one["flags"].get("eval_tasks"):
+        steps = [step for step, success in one["evaluation"] if 0 <= success <= 1]
+        if steps[-1:] != [one["flags"]["steps"]] or one["seconds"] < 0:
+            raise ValueError(f"the record of {key(one)} is damaged")
 
 
 def is_current(one):
@@ -307,6 +317,11 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.jobs < 1 or args.seeds is not None and args.seeds < 1:
         raise UserError("--jobs and --seeds must be at least 1.")
+    idle = {"report": ("part", "env", "arms", "seeds", "rates", "quick"), "quick": ("rates",), "rates": ("arms",)}
+    for name, others in idle.items():
+        for other in others:
+            if getattr(args, name) and getattr(args, other):
+                raise UserError(f"--{other} would do nothing beside --{name}: leave one of them out.")
     return args
 
 
@@ -314,7 +329,10 @@ def program(argv):
     args = parse(argv)
     root = ROOT / "runs" / ("study-quick" if args.quick else "study")
     if args.quick:
-        shutil.rmtree(root, ignore_errors=True)
+        folders.make_folder(root)
+        folders.lock(root)
+        for part in root.glob("[AB]"):
+            shutil.rmtree(part)
     out = args.out or (root if args.quick else ROOT / "results")
     folders.make_folder(out)
     folders.lock(out)

@@ -197,7 +197,7 @@ def table(rows, with_reached, digits, base="grpo"):
 
 
 def interval(low, high, shape):
-    return f"[{low:{shape}}, {high:{shape}}]" if math.isfinite(low) else "[one seed]"
+    return f"[{low:{shape}}, {high:{shape}}]" if math.isfinite(low) else "[unknown]"
 
 
 # ------------------------------------------------------------------------------------------------------------- picture
