@@ -16,6 +16,7 @@ import random
 import re
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from importlib import metadata
@@ -285,8 +286,8 @@ def report(verdicts, seconds):
              "| model type | verdict | largest difference in nats, or what sdar.py says |", "|---|---|---|"]
     lines += [f"| {name} | {one.kind} | {one.says.replace('|', '/')} |" for name, one in verdicts.items()
               if one.kind != "not made"]
-    lines += ["\nNot tried, since no small model of the class could be made: "
-              + ", ".join(name for name, one in verdicts.items() if one.kind == "not made") + "."]
+    not_made = ", ".join(name for name, one in verdicts.items() if one.kind == "not made")
+    lines += ["", *textwrap.wrap(f"Not tried, since no small model of the class could be made: {not_made}.", 120)]
     return "\n".join(lines) + "\n"
 
 
