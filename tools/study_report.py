@@ -263,5 +263,6 @@ def draw_differences(pane, rows, title):
         pane.plot(row["difference"], height, "o", color=color, mfc=color if row["p_holm"] < 0.05 else "white", ms=5)
     pane.set_yticks(range(len(rows)), [row["arm"] for row in rows], fontsize="small")
     pane.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    pane.locator_params(axis="x", nbins=5)
     pane.set_title(title, fontsize="small")
     pane.grid(axis="x", alpha=0.3)
