@@ -115,8 +115,6 @@ def play(player, cfg, environments, tasks, repeats, skills, condition):
 
 def free_to_write(out, settings):
     """Raises UserError unless `out` can be written without losing a result of other settings."""
-    if out.suffix != ".json":
-        raise UserError(f"--out must end in .json, not be {out}: beside a result stand its episodes, in .jsonl.")
     if not out.parent.is_dir():
         raise UserError(f"There is no folder {out.parent} for the result: make it, or choose another with --out.")
     check_regular(episodes_beside(out), "choose another with --out")
@@ -124,6 +122,8 @@ def free_to_write(out, settings):
         unlike = changes(read_result(out), settings)
         if unlike:
             raise UserError(f"{out} holds another evaluation (there | here: {unlike}): choose a file with --out.")
+    elif out.suffix != ".json":
+        raise UserError(f"--out must end in .json, not be {out}: beside a result stand its episodes, in .jsonl.")
 
 
 def evaluate(model, options):

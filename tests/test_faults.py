@@ -472,7 +472,7 @@ RESULT = {"format": "sdar eval 2", "model": "m", "evaluation_set": "a" * 64, "co
 @pytest.mark.parametrize("changes, why", [
     ({"outcomes": {}}, "no outcomes of condition 'with'"), ({"outcomes": {"with": []}}, "no outcomes"),
     ({"outcomes": {"with": [EPISODE | {"won": "yes"}]}}, "won of outcome 0 of 'with' is 'yes'"),
-    ({"outcomes": {"with": [EPISODE, 3]}}, "outcome 1 of 'with' is 3"), ({"conditions": [["with"]]}, "no outcomes"),
+    ({"outcomes": {"with": [EPISODE, 3]}}, "outcome 1 of 'with' is 3"), ({"conditions": [["with"]]}, "conditions [["),
     ({"outcomes": {"with": [EPISODE | {"score": math.nan}]}}, "score of outcome 0 of 'with' is nan"),
     ({"outcomes": {"with": [EPISODE | {"task_id": 1}]}}, "of different tasks"), ({"config": []}, "config of it"),
     ({"sampling": {"split": "val"}}, "sampling has no tasks"), ({"evaluation_set": 7}, "evaluation_set of it is 7")])

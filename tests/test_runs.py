@@ -83,7 +83,7 @@ def test_a_program_that_is_killed_or_stopped_resumes_bit_for_bit(
     process = subprocess.Popen(
         [sys.executable, sdar.__file__, *flags(model_folder, run)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        preexec_fn=lambda: [signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGHUP)])  # nohup's
     while not (run / "checkpoint-1").exists():
         assert process.poll() is None and time.monotonic() < end, "checkpoint-1 did not appear"
         time.sleep(0.005)
