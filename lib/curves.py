@@ -13,7 +13,7 @@ from lib.program import UserError, check_regular, is_of_kind, mismatch, optional
 from lib.runs import data_label, method_name
 from lib.statistics import t_interval
 
-KINDS = {"env": str, "method": str, "seed": int, "analyser": (str, type(None))}  # what is used of a run's settings
+KINDS = {"env": str, "method": str, "seed": int, "analyser": str}  # what is used of a run's settings
 PANES = {"eval/success": "sampled at T={}", "eval/greedy_success": "greedy", "eval/skilled_success": "with skills"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # told apart by all eyes
 MARKERS = "osD^vP*"
@@ -30,7 +30,7 @@ def read_run(path, defaults):
     path, settings = Path(path), None
     with suppress(ValueError, RecursionError):  # a damaged file
         settings = stored_settings(path)
-    wrong = mismatch("config.json", settings and {"analyser": None} | settings, KINDS)
+    wrong = mismatch("config.json", settings, KINDS, optional=("analyser",))
     if wrong:
         raise UserError(f"{path} is not a run folder ({wrong}): give one that --out of sdar.py named.")
     entries = [entry for _, entry in read_lines(path / "metrics.jsonl")]
@@ -94,7 +94,7 @@ def draw(paths, out, defaults):
         for pane, (metric, how) in zip(row, metrics.items()):
             draw_pane(pane, groups[env, tasks], metric, styles)
             warm = " or ".join(sorted({str(run.settings.get("eval_temperature")) for run in rows[env, tasks]}))
-            pane.set_title(f"{env}, {how.format(warm)}\n{tasks}".replace("$", r"\$"), size=10)  # no mathematics
+            pane.set_title(plain(f"{env}, {how.format(warm)}\n{tasks}"), size=10)
         row[0].set_ylabel("success on the evaluation set")
         row[-1].legend(*row[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.02, 0.5),
                       frameon=False, fontsize=9)
@@ -108,6 +108,11 @@ def draw(paths, out, defaults):
     print(f"drawn in {out}")
 
 
+def plain(text):
+    """For matplotlib, which reads what stands between two $ as mathematics."""
+    return text.replace("$", r"\$")
+
+
 def draw_pane(pane, groups, metric, styles):
     for label, runs in groups.items():
         (steps, values), (color, marker) = band(runs, metric), styles[label]
@@ -116,8 +121,7 @@ def draw_pane(pane, groups, metric, styles):
                 print(f"  {label}: {metric} is not drawn, since its runs have no step in common")
             continue
         seeds = {1: "one seed", 2: "2 seeds, min to max"}.get(len(runs), f"{len(runs)} seeds, 95 % t interval")
-        pane.plot(steps, values[:, 0], color=color, marker=marker, ms=4, lw=1.8,
-                  label=f"{label} ({seeds})".replace("$", r"\$"))
+        pane.plot(steps, values[:, 0], color=color, marker=marker, ms=4, lw=1.8, label=plain(f"{label} ({seeds})"))
         if len(runs) > 1:
             pane.fill_between(steps, values[:, 1], values[:, 2], color=color, alpha=0.15, lw=0)
         mean, low, high = values[-1]

@@ -83,11 +83,14 @@ def to_json(value, **how):
     return json.dumps(finite(value), allow_nan=False, **how)
 
 
-def mismatch(what, value, kinds):
-    """The first key of `kinds`, {key: type}, that a dict lacks or has of another type, in words; None: all there."""
+def mismatch(what, value, kinds, optional=()):
+    """The first key of `kinds`, {key: type}, that a dict lacks or has of another type, in words; None: all there.
+    optional: keys that may be absent or None."""
     if not isinstance(value, dict):
         return f"{what} is {value!r}"[:200]
     for key, kind in kinds.items():
+        if key in optional and value.get(key) is None:
+            continue
         if key not in value:
             return f"{what} has no {key}"
         if not is_of_kind(value[key], kind if isinstance(kind, tuple) else (kind,)):

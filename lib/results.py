@@ -32,7 +32,8 @@ CONDITIONS = {"without": "without skills", "with": "with skills in the prompt"}
 FORMAT = "sdar eval 2"  # marks result files
 PARTS = {"model": str, "evaluation_set": str, "conditions": list, "sampling": dict, "config": dict, "summary": dict,
          "outcomes": dict}
-RUN = {"method": str, "seed": int, "step": int}  # what is used of "run", the training behind the model; may be absent
+# What is used of "run", the training behind the model; it may be absent, and in it the analyser.
+RUN = {"method": str, "seed": int, "step": int, "analyser": str}
 SAMPLING_KINDS = {"split": str, "tasks": int, "repeats": int, "seed": int, "temperature": (int, float)}
 OUTCOME = {"task_id": int, "task_type": str, "won": (bool, int), "score": (int, float), "turns": int, "invalid": int,
            "done": (bool, int)}  # of an episode
@@ -83,10 +84,8 @@ def what_is_wrong(result):
     checks = [("it", result, PARTS)]
     if not mismatch("it", result, PARTS):
         checks += [("sampling", result["sampling"], SAMPLING_KINDS), ("config", result["config"], {"env": str})]
-        run, conditions = result.get("run"), result["conditions"]
-        checks += [("run", run, RUN)] if run is not None else []
-        if isinstance(run, dict) and not isinstance(run.get("analyser", ""), str):
-            return f"analyser {run['analyser']!r:.100}"
+        checks += [("run", result["run"], RUN, ("analyser",))] if result.get("run") is not None else []
+        conditions = result["conditions"]
         if not conditions or conditions != [name for name in CONDITIONS if name in conditions]:
             return f"conditions {conditions!r:.100}"
         for name in conditions:
@@ -124,10 +123,10 @@ def bounded_bootstrap(table):
     the mean can be; Wilson's where all rates are equal, of which a bootstrap would give no width, as if nothing were
     unknown."""
     mean, low, high = cluster_bootstrap(table)
-    least, most, tasks = min(np.min(table), 0.0), max(np.max(table), 1.0), np.shape(table)[1]
-    if np.min(table) == np.max(table) and 0 <= mean <= 1:
+    least, most, tasks = float(np.min(table)), float(np.max(table)), np.shape(table)[1]
+    if least == most and 0 <= mean <= 1:
         low, high = wilson(mean * tasks, tasks)
-    return mean, (max(low, float(least)), min(high, float(most)))
+    return mean, (max(low, min(least, 0.0)), min(high, max(most, 1.0)))
 
 
 def describe(outcomes):

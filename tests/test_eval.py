@@ -174,7 +174,7 @@ def test_a_run_stands_for_the_result_of_its_last_evaluated_checkpoint(run_folder
     ('{"format": "other"}', "not written by this version"), ({"digest": "b" * 64}, "(aaaaaaaaaaaa and bbbbbbbbbbbb)"),
     ({"conditions": ("with",)}, "no condition in common"), ({"conditions": ("with", "with")}, "(conditions ["),
     ({"conditions": ("moon",)}, "(conditions ["),
-    ({"run": {"method": "opid", "seed": 0, "step": 1, "analyser": ["x"]}}, "(analyser [")])
+    ({"run": {"method": "opid", "seed": 0, "step": 1, "analyser": ["x"]}}, "(analyser of run is [")])
 def test_files_that_cannot_be_compared_are_refused_by_name(tmp_path, capsys, content, why):
     good, bad = result_file(tmp_path / "good.json", [1, 0]), tmp_path / "bad.json"
     if isinstance(content, dict):
@@ -488,7 +488,8 @@ def test_learning_curves_are_grouped_by_method_with_bands_over_seeds(tmp_path, c
     assert "steps 200 (one seed), step 9: eval/success 0.200\n" in text
     assert "gigpo: eval/success is not drawn, since its runs have no step in common\n" in text
     torn = str(written(tmp_path / "torn", {"config.json": '{"provenance": '}))
-    for argv, why in [([torn], "torn is not a run folder"),
+    listed = str(written(tmp_path / "listed", {"config.json": '["provenance"]'}))
+    for argv, why in [([torn], "torn is not a run folder"), ([listed], "listed is not a run folder"),
                       ([run_of(tmp_path / "twice", "grpo", 0, {0: 0.1})], "runs of one seed (grpo, seed 0)"),
                       ([run_of(tmp_path / "empty", "grpo", 9, {})], "has no evaluation"),
                       (["--out", str(tmp_path / "no" / "c.png")], "cannot be written")]:

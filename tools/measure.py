@@ -34,6 +34,7 @@ import sdar
 from eval import evaluate
 from lib import generated, retrieval
 from lib.official import ALFWORLD_SPLITS, load_game, read_task
+from lib.skills import CONTROLS
 from tools import bench_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -341,12 +342,11 @@ def measure_liger(n=64, d=128, v=1064):
 
 def measure_skill_texts():
     """Success of the untrained bundled model with each text in its own prompt, 128 tasks, T=0.4, 95 % intervals."""
-    texts = {"none": None, "skills": None, "other": "other", "shuffled": "shuffled", "foreign": "foreign"}
     found = {env: {} for env in envs.ENVIRONMENTS}
-    for env, name in itertools.product(found, texts):
+    for env, name in itertools.product(found, ("none", "skills", *CONTROLS)):
         with tempfile.TemporaryDirectory() as folder:
             options = {"env": env, "condition": "without" if name == "none" else "with", "threads": 1,
-                       "out": f"{folder}/eval.json"} | ({"skills": texts[name]} if texts[name] else {})
+                       "out": f"{folder}/eval.json"} | ({"skills": name} if name in CONTROLS else {})
             summary = evaluate("tiny", options)["summary"][options["condition"]]["all"]
             found[env][name] = {"tasks": summary["n"], "success": summary["success"],
                                 "interval": [round(bound, 3) for bound in summary["success_interval"]]}

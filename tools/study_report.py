@@ -4,7 +4,6 @@ A record is what results/study.json holds of a run: part, env, arm, seed, flags,
 Environments and arms keep the order in which the records come.
 """
 
-import functools
 import itertools
 import math
 from collections import defaultdict
@@ -55,11 +54,12 @@ def steps_to(run, threshold):
     return curve[-1][0]
 
 
-MEASURES = {  # function of a record (steps: and of a threshold), its words, digits shown
+MEASURES = {  # function of a record, its words, digits shown
     "area": (area, "Area under the evaluation curve", 3),
     "training": (training, "Success of the training rollouts, mean of all steps (skill_grpo's see skills)", 3),
     "final": (final, "Success after the last step", 3),
-    "steps": (steps_to, "Steps until success reaches {threshold}; a run that never does counts with its length", 1)}
+    "steps": (lambda run: steps_to(run, THRESHOLDS[run["env"]]),
+              "Steps until success reaches {threshold}; a run that never does counts with its length", 1)}
 
 
 def runs_by_regime(records):
@@ -94,8 +94,6 @@ def summary(records):
 def compare(part, env, measure, runs, base="grpo"):
     """The rows of one regime and measure, arms against the base; runs: {arm: {seed: record}}."""
     threshold, function, rows = THRESHOLDS[env], MEASURES[measure][0], []
-    if measure == "steps":
-        function = functools.partial(steps_to, threshold=threshold)
     values = {arm: {seed: function(one) for seed, one in by_seed.items()} for arm, by_seed in runs.items()}
     for arm, by_seed in values.items():
         center, low, high = statistics.t_interval(list(by_seed.values()))
